@@ -1,0 +1,101 @@
+"""The writer's INSERT into `pending`."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import Connection
+
+from outbox.postgres import wake
+from outbox.postgres.tables import SLOTS, statement
+
+INSERT_ROWS_MAX = 10_000
+INSERT_BYTES_MAX = 16 * 1_048_576  # a statement above 1 GiB ends the connection inside a commit
+
+
+@dataclass(frozen=True, slots=True)
+class PendingEvent:
+    """A finished event, as it will be stored."""
+
+    event_id: UUID
+    key: str | None
+    subject: str
+    headers: bytes
+    body: bytes
+    deliver_at: datetime | None
+
+
+# The xid must exist before the first nextval(): the relay's floor is proven with it. The ORDER BY
+# lies below nextval(), so ids follow the order of add. A transaction that carries events raises
+# synchronous_commit for itself, else a published event could be of a transaction that a crash lost.
+# Scalar sub-selects, because PostgreSQL does not run a CTE that nothing reads.
+INSERT = """
+INSERT INTO {schema}.pending (event_id, slot, key, subject, headers, body, deliver_at)
+SELECT e, s, k, j, h, b, d
+FROM unnest(CAST(:event_ids AS uuid[]), CAST(:slots AS int2[]), CAST(:keys AS text[]),
+            CAST(:subjects AS text[]), CAST(:headers AS bytea[]), CAST(:bodies AS bytea[]),
+            CAST(:deliver_ats AS timestamptz[])) WITH ORDINALITY AS u(e, s, k, j, h, b, d, o)
+WHERE pg_current_xact_id() IS NOT NULL
+  AND (SELECT CASE WHEN current_setting('synchronous_commit') = 'off'
+                   THEN set_config('synchronous_commit', 'on', true) ELSE '' END) IS NOT NULL
+ORDER BY o
+"""
+# NOTIFY in every commit would serialise all commits of the cluster, so one transaction carries it.
+INSERT_AND_WAKE = INSERT.replace(
+    "ORDER BY o",
+    """  AND (SELECT CASE WHEN pg_try_advisory_xact_lock(CAST(:gate_high AS int4),
+                                                   CAST(:gate_low AS int4))
+                   THEN CAST(pg_notify(CAST(:channel AS text), '') AS text) ELSE '' END) IS NOT NULL
+ORDER BY o""",
+)
+
+
+def insert(
+    connection: Connection, schema: str, events: Sequence[PendingEvent], *, notify: bool
+) -> None:
+    """Write `events` in their order into the caller's transaction.
+
+    Args:
+        notify: also wake the relay at COMMIT. False where COMMIT does not follow at once, since
+            the gate is held until then, and in two-phase transactions, which refuse NOTIFY.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: passed through; the transaction can only be rolled back.
+    """
+    chunks = list(_chunks(events))
+    for index, chunk in enumerate(chunks):
+        parameters = _columns(chunk)
+        if notify and index == len(chunks) - 1:
+            high, low = wake.gate(schema)
+            parameters |= {"gate_high": high, "gate_low": low, "channel": wake.channel(schema)}
+            connection.execute(statement(schema, INSERT_AND_WAKE), parameters)
+        else:
+            connection.execute(statement(schema, INSERT), parameters)
+
+
+def _columns(events: Sequence[PendingEvent]) -> dict[str, object]:
+    crc32 = zlib.crc32
+    return {
+        "event_ids": [event.event_id for event in events],
+        "slots": [crc32((event.key or str(event.event_id)).encode()) % SLOTS for event in events],
+        "keys": [event.key for event in events],
+        "subjects": [event.subject for event in events],
+        "headers": [event.headers for event in events],
+        "bodies": [event.body for event in events],
+        "deliver_ats": [event.deliver_at for event in events],
+    }
+
+
+def _chunks(events: Sequence[PendingEvent]) -> Iterator[Sequence[PendingEvent]]:
+    """Cut `events` so that no part exceeds the limits, but for one event alone."""
+    start = size = 0
+    for index, event in enumerate(events):
+        grown = len(event.headers) + len(event.body)
+        if index > start and (index - start >= INSERT_ROWS_MAX or size + grown > INSERT_BYTES_MAX):
+            yield events[start:index]
+            start, size = index, 0
+        size += grown
+    if start < len(events):
+        yield events[start:]

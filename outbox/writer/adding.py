@@ -1,0 +1,266 @@
+"""`Outbox`: checks and encodes an event, and puts it into the caller's transaction."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, TypeAlias
+from uuid import UUID
+
+from pydantic import BaseModel
+from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
+
+from outbox import context, subjects
+from outbox.envelope import (
+    check_source_service,
+    encode,
+    encode_headers,
+    encode_payload,
+    uuid7,
+)
+from outbox.errors import InvalidEvent, InvalidSession
+from outbox.postgres.writing import PendingEvent
+from outbox.settings import Settings
+from outbox.writer import connections, internals, sessions
+from outbox.writer.buffers import Item, Place, Share, is_repeat
+
+AnySession: TypeAlias = (
+    AsyncSession
+    | Session
+    | AsyncConnection
+    | Connection
+    | async_scoped_session[AsyncSession]
+    | scoped_session[Session]
+)
+_NO_METADATA = b"{}"
+
+
+class Outbox:
+    """Adds events of one service to transactions.
+
+    Args:
+        source_service: name of the service, in every envelope. Default: the settings' one, else
+            that of the listener whose handler is running.
+        settings: None means defaults, never the environment.
+        bind_arguments: what names the connection, as in `Session.get_bind`, for sessions with
+            several binds.
+
+    Raises:
+        InvalidEvent: `source_service` is not 1 to 255 printable characters.
+    """
+
+    def __init__(
+        self,
+        source_service: str | None = None,
+        *,
+        settings: Settings | None = None,
+        bind_arguments: Mapping[str, object] | None = None,
+    ) -> None:
+        self.settings = Settings.defaults() if settings is None else settings
+        name = self.settings.source_service if source_service is None else source_service
+        self.source_service = None if name is None else check_source_service(name)
+        self._place = Place(self.settings.schema_name, bind_arguments)
+        self._prefixes = self.settings.subject_prefixes
+        self._bytes_max = self.settings.event_bytes_max
+
+    def add(
+        self,
+        session: AnySession,
+        subject: str,
+        payload: BaseModel | Mapping[str, Any],
+        *,
+        key: str | None = None,
+        correlation_id: str | None = None,
+        event_id: str | UUID | None = None,
+        headers: Mapping[str, str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        deliver_at: datetime | None = None,
+    ) -> str:
+        """Add an event to the session's transaction; return its id.
+
+        It is checked and encoded now and written just before COMMIT; without COMMIT it is gone.
+        A transaction is begun when there is none. Later changes of `payload` have no effect.
+
+        Args:
+            key: events of one key are published in the order in which they were added.
+            event_id: a UUID of the caller's; a repeat in this transaction is dropped.
+            deliver_at: not before this time, within a year.
+
+        Raises:
+            InvalidEvent: names the field and the rule; the transaction stays usable.
+            InvalidSession: the session cannot carry events; nothing was changed.
+        """
+        subject = subjects.check_subject(subject, self._prefixes)
+        identity = uuid7() if event_id is None else subjects.check_event_id(event_id)
+        text = str(identity)
+        if key is not None:
+            key = subjects.check_key(key)
+        if deliver_at is not None:
+            deliver_at = subjects.check_deliver_at(deliver_at)
+        correlation = _correlation(correlation_id, text)
+        lines = _header_lines(key, headers)
+        data = encode_payload(payload)
+        more = _metadata(metadata)
+        body = encode(
+            event_id=text,
+            subject=subject,
+            correlation_id=correlation,
+            source_service=self._service(),
+            data=data,
+            metadata=more,
+        )
+        self._check_size(len(lines) + len(body))
+        event = PendingEvent(identity, key, subject, lines, body, deliver_at)
+        given = None
+        if event_id is not None:
+            given = (subject, key, lines, data, more, correlation, deliver_at)
+        _buffer(session, event, self._place, given)
+        return text
+
+    async def flush(self, session: AnySession) -> None:
+        """Write now what the current transaction or savepoint has added; rarely needed.
+
+        The order of a key is then the order of these writes. Events added before a savepoint that
+        is still open on the connection stay buffered until COMMIT.
+
+        Raises:
+            sqlalchemy.exc.DBAPIError: passed through; the transaction can only be rolled back.
+        """
+        found = _unwrapped(session)
+        if isinstance(found, AsyncSession):
+            await found.run_sync(lambda each: sessions.write_now(each, last=False))
+        elif isinstance(found, AsyncConnection):
+            await found.run_sync(connections.write_early)
+        elif isinstance(found, Session):
+            sessions.write_now(found, last=False)
+        else:
+            connections.write_early(found)
+
+    def _service(self) -> str:
+        if self.source_service is not None:
+            return self.source_service
+        running = context.running.get()
+        return check_source_service(None if running is None else running.service)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._bytes_max:
+            rule = f"headers and body have {size} bytes, at most {self._bytes_max}"
+            raise InvalidEvent("payload", rule)
+
+
+@lru_cache(maxsize=1)
+def default_outbox() -> Outbox:
+    """Return the outbox of the environment's settings, the same each time.
+
+    Raises:
+        ConfigurationError: a setting is wrong.
+    """
+    return Outbox(settings=Settings.from_environment())
+
+
+def enqueue(session: AnySession, event: PendingEvent, *, schema: str) -> None:
+    """Buffer a finished event of the library itself; nothing about it is checked.
+
+    Raises:
+        InvalidSession: the session cannot carry events.
+    """
+    _buffer(session, event, _place(schema), None)
+
+
+def write_buffered(session: Session) -> int:
+    """Write what the transaction has buffered, as `commit` would; return how many events.
+
+    For a caller that commits right after, and wants to know that moment.
+    """
+    return sessions.write_now(session, last=True)
+
+
+@lru_cache(maxsize=64)
+def _place(schema: str) -> Place:
+    return Place(schema)
+
+
+def _correlation(given: str | None, event_id: str) -> str:
+    if given is None:
+        given = context.current_correlation_id()
+        return event_id if given is None else given
+    return subjects.check_text("correlation_id", given)
+
+
+def _header_lines(key: str | None, headers: Mapping[str, str] | None) -> bytes:
+    if headers is not None:
+        subjects.check_headers(headers)
+        own = {} if key is None else {subjects.HEADER_KEY: key}
+        return encode_headers(own | dict(headers))
+    return b"" if key is None else f"{subjects.HEADER_KEY}: {key}\r\n".encode()
+
+
+def _metadata(given: Mapping[str, Any] | None) -> bytes:
+    running = context.running.get()
+    if given is None and running is None:
+        return _NO_METADATA
+    if given is not None and not isinstance(given, Mapping):
+        raise InvalidEvent("metadata", f"must be a mapping, not {type(given).__name__}")
+    cause = {} if running is None else {"causation_id": running.event_id}
+    return encode_payload(cause | dict(given or {}), "metadata")
+
+
+def _unwrapped(session: AnySession) -> AsyncSession | Session | AsyncConnection | Connection:
+    if isinstance(session, async_scoped_session | scoped_session):
+        session = session.registry()
+    if isinstance(session, AsyncSession | Session | AsyncConnection | Connection):
+        return session
+    kind = type(session).__name__
+    raise InvalidSession(
+        f"session must be an AsyncSession, Session, AsyncConnection or Connection, not {kind}"
+    )
+
+
+def _buffer(session: AnySession, event: PendingEvent, place: Place, given: object) -> None:
+    found = _unwrapped(session)
+    if isinstance(found, AsyncSession):
+        _buffer_in_session(found.sync_session, event, place, given, asynchronous=True)
+    elif isinstance(found, Session):
+        _buffer_in_session(found, event, place, given, asynchronous=False)
+    elif isinstance(found, AsyncConnection):
+        _buffer_in_connection(_started(found), event, place, given, asynchronous=True)
+    else:
+        _buffer_in_connection(found, event, place, given, asynchronous=False)
+
+
+def _started(connection: AsyncConnection) -> Connection:
+    try:
+        found = connection.sync_connection
+    except SQLAlchemyError as error:
+        raise InvalidSession(f"the connection cannot be used: {error}") from error
+    if found is None:
+        raise InvalidSession("the connection was not started: use `async with` or await it")
+    return found
+
+
+def _buffer_in_session(
+    session: Session, event: PendingEvent, place: Place, given: object, *, asynchronous: bool
+) -> None:
+    share, bind, names, buffer = sessions.open_share(session, place, asynchronous=asynchronous)
+    if given is not None and is_repeat(_known_to(bind, buffer), event.event_id, given):
+        return
+    share.put(Item(event, place.schema, bind, names, given))
+
+
+def _known_to(bind: object, buffer: sessions.Buffer) -> list[Share]:
+    shares = buffer.open_shares()
+    if isinstance(bind, Connection):
+        shares.append(connections.ledger_of(bind).share)
+    return shares
+
+
+def _buffer_in_connection(
+    connection: Connection, event: PendingEvent, place: Place, given: object, *, asynchronous: bool
+) -> None:
+    share = connections.open_share(connection, place, asynchronous=asynchronous)
+    if given is not None and is_repeat([share], event.event_id, given):
+        return
+    names = internals.savepoints(connection)
+    share.put(Item(event, place.schema, connection, names, given))
