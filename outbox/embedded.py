@@ -31,6 +31,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from typing_extensions import override
+
 from outbox.errors import ConfigurationError
 
 INSTALL = "pip install 'outbox-jetstream[embedded]'"
@@ -78,7 +80,8 @@ class _Server:
     @property
     def pid(self) -> int:
         """The process id of the running server."""
-        assert self._process is not None, f"{self.name} is not running"
+        if self._process is None:
+            raise ConfigurationError(f"{self.name} is not running")
         return self._process.pid
 
     @property
@@ -199,8 +202,7 @@ class _Server:
             )
 
     def _wait_until_ready(self, deadline: float) -> bool:
-        assert self._process is not None
-        while self._process.poll() is None:
+        while self.running:
             if self._is_ready():
                 return True
             if time.monotonic() > deadline:
@@ -289,6 +291,7 @@ class EmbeddedPostgres(_Server):
     def _data(self) -> Path:
         return self.directory / "data"
 
+    @override
     def _owner(self) -> tuple[int, int]:
         if os.geteuid() != 0:
             return -1, -1
@@ -301,6 +304,7 @@ class EmbeddedPostgres(_Server):
             ) from None
         return nobody.pw_uid, nobody.pw_gid
 
+    @override
     def _prepare(self) -> None:
         if self._binaries == Path() or not self._binaries.exists():
             self._binaries = self._find_binaries()
@@ -326,6 +330,7 @@ class EmbeddedPostgres(_Server):
             f"`{INSTALL}`, or set OUTBOX_DATABASE_URL"
         )
 
+    @override
     def _command(self) -> list[str]:
         options = {
             "listen_addresses": "127.0.0.1",
@@ -337,6 +342,7 @@ class EmbeddedPostgres(_Server):
         settings = [part for key, value in options.items() for part in ("-c", f"{key}={value}")]
         return [str(self._binaries / "postgres"), "-D", str(self._data), *settings]
 
+    @override
     def _is_ready(self) -> bool:
         try:
             lines = (self._data / "postmaster.pid").read_text().splitlines()
@@ -388,9 +394,11 @@ class EmbeddedNats(_Server):
     def _config_path(self) -> Path:
         return self.directory / "nats.conf"
 
+    @override
     def _prepare(self) -> None:
         self._binary = _find_nats_server()
 
+    @override
     def _command(self) -> list[str]:
         store = json.dumps(str(self.directory / "store"))
         self._config_path.write_text(
@@ -399,6 +407,7 @@ class EmbeddedNats(_Server):
         )
         return [str(self._binary), "-c", str(self._config_path)]
 
+    @override
     def _is_ready(self) -> bool:
         """Return whether the server greets; it does so only once JetStream has recovered."""
         try:

@@ -3,7 +3,8 @@
 import asyncio
 import os
 import signal
-from typing import override
+
+from typing_extensions import override
 
 from outbox.telemetry import Moment, Observer, Step
 

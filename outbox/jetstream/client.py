@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import nats.errors
 from nats.aio.client import Client as NatsClient
 from nats.js import JetStreamContext
+from typing_extensions import override
 
 from outbox.backoff import Backoff
 from outbox.errors import BrokerUnavailable, ConfigurationError
@@ -92,6 +93,7 @@ class JetStreamClient:
         self.last_error: str | None = None
         self.denied_subjects: set[str] = set()
 
+    @override
     def __repr__(self) -> str:
         state = "connected" if self.is_connected else "not connected"
         return f"<JetStreamClient {', '.join(self.addresses) or 'no servers'}: {state}>"

@@ -279,15 +279,15 @@ def _replaced(stream: str, durable: str, what: str) -> str:
 
 def covers(pattern: str, subject: str) -> bool:
     """Return whether every subject that `subject` stands for is taken by `pattern`."""
-    tokens, wanted = pattern.split("."), subject.split(".")
-    for index, token in enumerate(tokens):
-        if token == ">":
+    parts, wanted = pattern.split("."), subject.split(".")
+    for index, part in enumerate(parts):
+        if part == ">":
             return len(wanted) > index
         if index >= len(wanted) or wanted[index] == ">":
             return False
-        if token not in {"*", wanted[index]}:
+        if part not in {"*", wanted[index]}:
             return False
-    return len(tokens) == len(wanted)
+    return len(parts) == len(wanted)
 
 
 def _drift(found: Mapping[str, Any], wanted: Mapping[str, Any], fields: list[str]) -> list[str]:

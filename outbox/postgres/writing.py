@@ -2,8 +2,8 @@
 
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 from uuid import UUID
 
 from sqlalchemy import Connection
@@ -15,9 +15,8 @@ INSERT_ROWS_MAX = 10_000
 INSERT_BYTES_MAX = 16 * 1_048_576  # a statement above 1 GiB ends the connection inside a commit
 
 
-@dataclass(frozen=True, slots=True)
-class PendingEvent:
-    """A finished event, as it will be stored."""
+class PendingEvent(NamedTuple):
+    """A finished event, as it will be stored. A tuple, made in a third of a dataclass's time."""
 
     event_id: UUID
     key: str | None

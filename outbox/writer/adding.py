@@ -34,6 +34,7 @@ AnySession: TypeAlias = (
     | async_scoped_session[AsyncSession]
     | scoped_session[Session]
 )
+_SESSIONS = (AsyncSession, Session, AsyncConnection, Connection)
 _NO_METADATA = b"{}"
 
 
@@ -208,10 +209,10 @@ def _metadata(given: Mapping[str, Any] | None) -> bytes:
 
 
 def _unwrapped(session: AnySession) -> AsyncSession | Session | AsyncConnection | Connection:
-    if isinstance(session, async_scoped_session | scoped_session):
-        session = session.registry()
-    if isinstance(session, AsyncSession | Session | AsyncConnection | Connection):
+    if isinstance(session, _SESSIONS):
         return session
+    if isinstance(session, async_scoped_session | scoped_session):
+        return session.registry()
     kind = type(session).__name__
     raise InvalidSession(
         f"session must be an AsyncSession, Session, AsyncConnection or Connection, not {kind}"
@@ -219,7 +220,7 @@ def _unwrapped(session: AnySession) -> AsyncSession | Session | AsyncConnection 
 
 
 def _buffer(session: AnySession, event: PendingEvent, place: Place, given: object) -> None:
-    found = _unwrapped(session)
+    found = session if isinstance(session, AsyncSession) else _unwrapped(session)
     if isinstance(found, AsyncSession):
         _buffer_in_session(found.sync_session, event, place, given, asynchronous=True)
     elif isinstance(found, Session):

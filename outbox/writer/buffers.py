@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from uuid import UUID
 
 from sqlalchemy import Connection, Engine
@@ -22,16 +22,25 @@ class Place:
     bind_arguments: Mapping[str, object] | None = None
 
 
-@dataclass(eq=False, slots=True)
 class Item:
-    """One buffered event."""
+    """One buffered event; no dataclass, because one is made for each event."""
 
-    event: PendingEvent
-    schema: str
-    bind: Engine | Connection
-    savepoints: tuple[str, ...]  # open on the connection at `add`, outermost first
-    content: object  # what a repeat of a caller's event id must equal; None: the id is ours
-    order: int = field(default_factory=_order.__next__)
+    __slots__ = ("bind", "content", "event", "order", "savepoints", "schema")
+
+    def __init__(
+        self,
+        event: PendingEvent,
+        schema: str,
+        bind: Engine | Connection,
+        savepoints: tuple[str, ...],  # open on the connection at `add`, outermost first
+        content: object,  # what a repeat of a caller's event id must equal; None: the id is ours
+    ) -> None:
+        self.event = event
+        self.schema = schema
+        self.bind = bind
+        self.savepoints = savepoints
+        self.content = content
+        self.order = next(_order)
 
     def belongs_to(self, connection: Connection) -> bool:
         """Return True when this event is to be written on `connection`."""

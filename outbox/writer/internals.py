@@ -59,6 +59,8 @@ def session_savepoints(transaction: SessionTransaction | None, connection: Conne
 def savepoints(connection: Connection) -> tuple[str, ...]:
     """Return the savepoints open on `connection`, outermost first."""
     nested = connection._nested_transaction
+    if nested is None:
+        return ()
     names: list[str] = []
     while nested is not None:
         names.append(nested._savepoint)

@@ -11,7 +11,7 @@ ANSWER_SECONDS = 10.0
 
 def api(url: str, suffix: str, payload: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return the answer of `$JS.API.{suffix}`; an error in it raises."""
-    where = urlsplit(url.split(",")[0])
+    where = urlsplit(url.split(",", 1)[0])
     with socket.create_connection(
         (where.hostname or "127.0.0.1", where.port or 4222), timeout=ANSWER_SECONDS
     ) as connection:
@@ -33,11 +33,11 @@ def api(url: str, suffix: str, payload: dict[str, Any] | None = None) -> dict[st
     return answer
 
 
-def _message(stream: Any) -> bytes:  # noqa: ANN401 - a BufferedRWPair
+def _message(stream: Any) -> bytes:
     while True:
         line: bytes = stream.readline()
         if line.startswith(b"MSG "):
-            body: bytes = stream.read(int(line.split()[-1]))
+            body: bytes = stream.read(int(line.rsplit(maxsplit=1)[-1]))
             return body
         if line.startswith(b"PING"):
             stream.write(b"PONG\r\n")
@@ -53,7 +53,7 @@ def delete_streams(url: str) -> None:
             api(url, f"STREAM.DELETE.{name}")
 
 
-def create_stream(url: str, name: str, **config: Any) -> None:  # noqa: ANN401 - JSON
+def create_stream(url: str, name: str, **config: Any) -> None:
     """Make a stream with the recommended configuration, changed by `config`."""
     wanted: dict[str, Any] = {
         "name": name,

@@ -1,0 +1,244 @@
+"""Reading `pending`, and moving its rows out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import NamedTuple
+from uuid import UUID
+
+from outbox.postgres.driver import STATEMENT_SECONDS, Driver, translated
+from outbox.postgres.lanes import FENCE
+from outbox.postgres.tables import raw
+
+Fence = tuple[int, UUID, int]  # lane, owner, epoch
+
+
+class Row(NamedTuple):
+    """An event to publish, from `pending` or `waiting`."""
+
+    id: int
+    event_id: str
+    key: str | None
+    subject: str
+    headers: bytes
+    body: bytes
+    created_at: datetime
+    early: bool  # its deliver_at has not come yet
+    attempts: int = 0
+    republished: int = 0
+    reason: str = ""
+
+
+class Read(NamedTuple):
+    """A page, and the oldest transaction that was running when it was read."""
+
+    rows: list[Row]
+    xmin: int
+    full: bool  # there may be more rows above the floor
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A row that must wait: why, and for how long."""
+
+    id: int
+    reason: str  # of waiting.reason
+    attempts: int = 0
+    delay: timedelta = timedelta(0)
+    republished: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dead:
+    """A row that can never be published."""
+
+    id: int
+    reason: str
+    error: str
+    attempts: int
+
+
+# $2: read and not yet settled. The running sum ends a page by bytes; octet_length reads no TOAST.
+READ = """
+SELECT m.*, CAST(pg_snapshot_xmin(s.s) AS text)
+FROM (SELECT pg_current_snapshot() AS s) AS s
+LEFT JOIN LATERAL (
+  SELECT id, CAST(event_id AS text), key, subject, headers, body, created_at, early
+  FROM (
+    SELECT *, sum(bytes) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) - bytes AS before
+    FROM (
+      SELECT *, octet_length(body) AS bytes, coalesce(deliver_at > now(), false) AS early
+      FROM {schema}.pending
+      WHERE id > $1::int8 AND NOT (id = ANY($2::int8[]))
+      ORDER BY id LIMIT $3::int4
+    ) AS above_floor
+  ) AS summed WHERE before < $4::int8
+  ORDER BY id
+) AS m ON true
+"""
+# A row that another relay settled first is skipped. The xid is drawn after the page was read: it
+# is the barrier that the floor is proven with.
+SETTLE_ARCHIVED = """
+WITH moved AS (
+  DELETE FROM {schema}.{source} WHERE id = ANY($1::int8[])
+  RETURNING id, event_id, slot, key, subject, headers, body, created_at
+), kept AS (
+  INSERT INTO {schema}.archive (id, event_id, slot, key, subject, headers, body, created_at,
+                                stream, sequence, published_at, day)
+  SELECT m.*, c.stream, c.sequence, now(),
+         CAST((CAST(floor(extract(epoch FROM now())) AS int8) / 86400) % 32 AS int2)
+  FROM moved AS m JOIN unnest($1::int8[], $2::int8[], $3::text[]) AS c(id, sequence, stream)
+    ON c.id = m.id
+  RETURNING 1
+) SELECT (SELECT count(*) FROM kept), CAST(pg_current_xact_id() AS text)
+"""
+SETTLE_DELETED = """
+WITH moved AS (DELETE FROM {schema}.{source} WHERE id = ANY($1::int8[]) RETURNING 1)
+SELECT (SELECT count(*) FROM moved), CAST(pg_current_xact_id() AS text)
+"""
+MOVE_TO_WAITING = (
+    "WITH "
+    + FENCE
+    + """, moved AS (
+  DELETE FROM {schema}.pending WHERE id = ANY($4::int8[]) AND EXISTS (SELECT 1 FROM fence)
+  RETURNING id, event_id, slot, key, subject, headers, body, created_at, deliver_at
+), kept AS (
+  INSERT INTO {schema}.waiting (id, event_id, slot, key, subject, headers, body, created_at,
+                                reason, attempts, due_at, republished, last_error)
+  SELECT m.id, m.event_id, m.slot, m.key, m.subject, m.headers, m.body, m.created_at,
+         w.reason, w.attempts,
+         CASE w.reason WHEN 'blocked' THEN 'infinity' WHEN 'scheduled' THEN m.deliver_at
+                       ELSE clock_timestamp() + w.delay END,
+         w.republished, w.error
+  FROM moved AS m
+  JOIN unnest($4::int8[], $5::text[], $6::int4[], $7::interval[], $8::int4[], $9::text[])
+       AS w(id, reason, attempts, delay, republished, error) ON w.id = m.id
+  RETURNING 1
+) SELECT (SELECT count(*) FROM fence), (SELECT count(*) FROM kept)
+"""
+)
+# Giving up is final for the row, so it is on disk before anyone hears of it.
+MOVE_TO_DEAD_LETTERS = (
+    "WITH "
+    + FENCE
+    + """, moved AS (
+  DELETE FROM {schema}.{source} WHERE id = ANY($4::int8[]) AND EXISTS (SELECT 1 FROM fence)
+    AND set_config('synchronous_commit', 'on', true) IS NOT NULL
+  RETURNING id, event_id, key, subject, headers, body, created_at
+), kept AS (
+  INSERT INTO {schema}.dead_letter (side, event_id, subject, key, headers, body, reason, error,
+                                    attempts, created_at)
+  SELECT 'relay', m.event_id, m.subject, m.key, m.headers, m.body, d.reason, d.error, d.attempts,
+         m.created_at
+  FROM moved AS m JOIN unnest($4::int8[], $5::text[], $6::text[], $7::int4[])
+       AS d(id, reason, error, attempts) ON d.id = m.id
+  RETURNING 1
+) SELECT (SELECT count(*) FROM fence), (SELECT count(*) FROM kept)
+"""
+)
+NEWEST = "SELECT max(id) FROM {schema}.pending"
+ANY_UP_TO = "SELECT count(*) FROM (SELECT 1 FROM {schema}.pending WHERE id <= $1 LIMIT 10001) AS p"
+
+
+async def read(
+    driver: Driver,
+    schema: str,
+    *,
+    floor: int,
+    in_flight: Sequence[int],
+    rows_max: int,
+    bytes_max: int,
+) -> Read:
+    """Return the next page above `floor` in id order, without the rows in flight."""
+    with translated():
+        found = await driver.fetch(
+            raw(schema, READ), floor, in_flight, rows_max, bytes_max, timeout=STATEMENT_SECONDS
+        )
+    xmin = int(found[0][8])
+    if found[0][0] is None:
+        return Read([], xmin, full=False)
+    rows = [Row(*record[:8]) for record in map(tuple, found)]
+    full = len(rows) >= rows_max or sum(len(row.body) for row in rows) >= bytes_max
+    return Read(rows, xmin, full)
+
+
+async def settle(
+    driver: Driver,
+    schema: str,
+    confirmed: Sequence[tuple[int, int, str]],
+    *,
+    archive: bool,
+    source: str = "pending",
+) -> tuple[int, int]:
+    """Move confirmed rows out of `source`; return how many this call moved, and its own xid.
+
+    A row that another relay settled first is skipped, so settling twice is harmless.
+
+    Args:
+        confirmed: id, stream sequence and stream of each row that the broker stored.
+        archive: keep the rows for the archive's retention; False deletes them.
+    """
+    ids = [each[0] for each in confirmed]
+    sql = _from(SETTLE_ARCHIVED if archive else SETTLE_DELETED, source)
+    columns = ([each[1] for each in confirmed], [each[2] for each in confirmed]) if archive else ()
+    with translated():
+        row = await driver.fetchrow(raw(schema, sql), ids, *columns, timeout=STATEMENT_SECONDS)
+    assert row is not None  # noqa: S101 - an aggregate always has a row
+    return int(row[0]), int(row[1])
+
+
+async def move_to_waiting(
+    driver: Driver, schema: str, fence: Fence, waits: Sequence[Wait]
+) -> bool:
+    """Move rows from `pending` to `waiting`; return False when the lane is lost."""
+    with translated():
+        row = await driver.fetchrow(
+            raw(schema, MOVE_TO_WAITING),
+            *fence,
+            [each.id for each in waits],
+            [each.reason for each in waits],
+            [each.attempts for each in waits],
+            [each.delay for each in waits],
+            [each.republished for each in waits],
+            [each.error for each in waits],
+            timeout=STATEMENT_SECONDS,
+        )
+    return row is not None and row[0] == 1
+
+
+async def move_to_dead_letters(
+    driver: Driver, schema: str, fence: Fence, dead: Sequence[Dead], *, source: str = "pending"
+) -> bool:
+    """Move rows that can never be published to `dead_letter`; False when the lane is lost."""
+    with translated():
+        row = await driver.fetchrow(
+            raw(schema, _from(MOVE_TO_DEAD_LETTERS, source)),
+            *fence,
+            [each.id for each in dead],
+            [each.reason for each in dead],
+            [each.error for each in dead],
+            [each.attempts for each in dead],
+            timeout=STATEMENT_SECONDS,
+        )
+    return row is not None and row[0] == 1
+
+
+async def newest(driver: Driver, schema: str) -> int:
+    """Return the highest id in `pending`, 0 when it is empty."""
+    with translated():
+        row = await driver.fetchrow(raw(schema, NEWEST), timeout=STATEMENT_SECONDS)
+    return 0 if row is None or row[0] is None else int(row[0])
+
+
+async def count_up_to(driver: Driver, schema: str, last: int) -> int:
+    """Return how many rows have an id up to `last`; 10,001 stands for more."""
+    with translated():
+        row = await driver.fetchrow(raw(schema, ANY_UP_TO), last, timeout=STATEMENT_SECONDS)
+    return 0 if row is None else int(row[0])
+
+
+def _from(sql: str, source: str) -> str:
+    """Return `sql` for one of the two tables that events are published from."""
+    assert source in {"pending", "waiting"}  # noqa: S101 - never outside text
+    return sql.replace("{source}", source)
