@@ -11,7 +11,7 @@ from enum import StrEnum
 from hashlib import sha256
 from math import isfinite
 from typing import Any, Generic, NoReturn
-from uuid import UUID, SafeUUID, uuid5
+from uuid import UUID, uuid5
 
 from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError, to_json
@@ -85,16 +85,24 @@ class MalformedMessage(OutboxError):  # noqa: N818 - named like what it is about
 _tick = 0
 
 
-def uuid7() -> UUID:
-    """Return a UUID of version 7, larger than all before it in this process (RFC 9562, 6.2)."""
+def uuid7_text() -> str:
+    """Return a UUID of version 7 as text, above all before it in this process (RFC 9562, 6.2).
+
+    Text, because making a `UUID` and printing it again would be a fifth of the time of `add`.
+    """
     global _tick  # noqa: PLW0603 - one counter for the process
     tick = _tick = max((time.time_ns() // 1_000_000) << 12, _tick + 1)
-    high = (tick >> 12 << 16) | 0x7000 | (tick & 0xFFF)
-    low = int.from_bytes(os.urandom(8), "big") >> 2 | 1 << 63
-    made = object.__new__(UUID)  # __init__ would take half of this function's time to check ints
-    object.__setattr__(made, "int", high << 64 | low)
-    object.__setattr__(made, "is_safe", SafeUUID.unknown)
-    return made
+    tail = os.urandom(8).hex()
+    variant = "89ab"[int(tail[0], 16) & 3]
+    return (
+        f"{tick >> 28:08x}-{tick >> 12 & 0xFFFF:04x}-7{tick & 0xFFF:03x}"
+        f"-{variant}{tail[1:4]}-{tail[4:]}"
+    )
+
+
+def uuid7() -> UUID:
+    """Return a UUID of version 7, above all before it in this process."""
+    return UUID(uuid7_text())
 
 
 def event_id_for(source_service: str, subject: str, natural_key: str) -> str:
@@ -147,19 +155,17 @@ def encode(
     return b"".join((head.encode(), data, b',"metadata":', metadata, b"}"))
 
 
-_second, _second_text = 0, ""
+_second = (0, "")
 
 
 def _now() -> str:
     """Return the time as RFC 3339; the text of its second is made once."""
-    global _second, _second_text  # noqa: PLW0603 - a cache of one entry
+    global _second  # noqa: PLW0603 - a cache of one entry
     second, fraction = divmod(time.time_ns() // 1000, 1_000_000)
-    text = _second_text
-    if second != _second:
-        text = datetime.fromtimestamp(second, UTC).isoformat()[:19]
-        _second_text = text  # before the second: another thread then sees a newer text at worst
-        _second = second
-    return f"{text}.{fraction:06d}+00:00"
+    cached = _second
+    if cached[0] != second:
+        cached = _second = (second, datetime.fromtimestamp(second, UTC).isoformat()[:19])
+    return f"{cached[1]}.{fraction:06d}+00:00"
 
 
 _quote = json.encoder.encode_basestring_ascii  # the C function behind json.dumps(str)

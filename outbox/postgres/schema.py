@@ -187,8 +187,13 @@ def _alone(connection: Connection, schema: str) -> Iterator[None]:
             connection.invalidate()
         raise
     if not inside:
-        connection.execute(UNLOCK, key)
+        held = connection.execute(UNLOCK, key).scalar_one()
         connection.commit()
+        if not held:
+            raise ConfigurationError(
+                "the upgrade lock moved to another session: `outbox migrate` needs a direct "
+                "connection, not a transaction pooler; the tables themselves are up to date"
+            )
 
 
 def _take(connection: Connection, lock: TextClause, key: dict[str, int], *, inside: bool) -> None:

@@ -13,16 +13,18 @@ from outbox.postgres.lanes import FENCE
 from outbox.postgres.pending import Fence, Row, Wait
 from outbox.postgres.tables import raw
 
-_COLUMNS = """id, CAST(event_id AS text), key, subject, headers, body, created_at, false, attempts,
-       republished, reason"""
-DUE = f"""
-SELECT {_COLUMNS} FROM {{schema}}.waiting
-WHERE due_at <= now() ORDER BY id LIMIT $1::int4
-"""  # noqa: S608 - a constant
-FOLLOWERS = f"""
-SELECT {_COLUMNS} FROM {{schema}}.waiting
-WHERE key = ANY($2::text[]) AND reason = 'blocked' ORDER BY id LIMIT $1::int4
-"""  # noqa: S608 - a constant
+# The running sum ends a page by bytes.
+_PAGE = """
+SELECT id, CAST(event_id AS text), key, subject, headers, body, created_at, false, attempts,
+       republished, reason
+FROM (
+  SELECT *, sum(octet_length(body)) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING)
+            - octet_length(body) AS before
+  FROM (SELECT * FROM {schema}.waiting WHERE {condition} ORDER BY id LIMIT $1::int4) AS chosen
+) AS summed WHERE before < $2::int8 ORDER BY id
+"""
+DUE = _PAGE.replace("{condition}", "due_at <= now()")
+FOLLOWERS = _PAGE.replace("{condition}", "key = ANY($3::text[]) AND reason = 'blocked'")
 # Keys with a row that holds the others up, and whether a failed one is among them.
 BLOCKED = """
 SELECT key, bool_or(reason = 'failed') FROM {schema}.waiting
@@ -62,18 +64,20 @@ class Counts(NamedTuple):
     next_due: datetime | None
 
 
-async def due(driver: Driver, schema: str, limit: int) -> list[Row]:
+async def due(driver: Driver, schema: str, *, rows_max: int, bytes_max: int) -> list[Row]:
     """Return rows whose time has come, in id order."""
     with translated():
-        found = await driver.fetch(raw(schema, DUE), limit, timeout=STATEMENT_SECONDS)
+        found = await driver.fetch(raw(schema, DUE), rows_max, bytes_max, timeout=STATEMENT_SECONDS)
     return [Row(*record) for record in found]
 
 
-async def followers(driver: Driver, schema: str, keys: Collection[str], limit: int) -> list[Row]:
+async def followers(
+    driver: Driver, schema: str, keys: Collection[str], *, rows_max: int, bytes_max: int
+) -> list[Row]:
     """Return rows that waited behind a head of `keys`, in id order."""
     with translated():
         found = await driver.fetch(
-            raw(schema, FOLLOWERS), limit, list(keys), timeout=STATEMENT_SECONDS
+            raw(schema, FOLLOWERS), rows_max, bytes_max, list(keys), timeout=STATEMENT_SECONDS
         )
     return [Row(*record) for record in found]
 

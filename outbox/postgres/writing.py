@@ -18,7 +18,7 @@ INSERT_BYTES_MAX = 16 * 1_048_576  # a statement above 1 GiB ends the connection
 class PendingEvent(NamedTuple):
     """A finished event, as it will be stored. A tuple, made in a third of a dataclass's time."""
 
-    event_id: UUID
+    event_id: UUID | str  # as text it is canonical
     key: str | None
     subject: str
     headers: bytes
@@ -76,9 +76,11 @@ def insert(
 
 def _columns(events: Sequence[PendingEvent]) -> dict[str, object]:
     crc32 = zlib.crc32
+    ids = [str(event.event_id) for event in events]
+    ordering = (event.key or text for event, text in zip(events, ids, strict=True))
     return {
-        "event_ids": [event.event_id for event in events],
-        "slots": [crc32((event.key or str(event.event_id)).encode()) % SLOTS for event in events],
+        "event_ids": ids,
+        "slots": [crc32(text.encode()) % SLOTS for text in ordering],
         "keys": [event.key for event in events],
         "subjects": [event.subject for event in events],
         "headers": [event.headers for event in events],

@@ -18,7 +18,7 @@ from outbox.envelope import (
     encode,
     encode_headers,
     encode_payload,
-    uuid7,
+    uuid7_text,
 )
 from outbox.errors import InvalidEvent, InvalidSession
 from outbox.postgres.writing import PendingEvent
@@ -94,26 +94,28 @@ class Outbox:
             InvalidSession: the session cannot carry events; nothing was changed.
         """
         subject = subjects.check_subject(subject, self._prefixes)
-        identity = uuid7() if event_id is None else subjects.check_event_id(event_id)
-        text = str(identity)
+        text = uuid7_text() if event_id is None else str(subjects.check_event_id(event_id))
         if key is not None:
             key = subjects.check_key(key)
         if deliver_at is not None:
             deliver_at = subjects.check_deliver_at(deliver_at)
+        running = context.running.get()
         correlation = _correlation(correlation_id, text)
         lines = _header_lines(key, headers)
         data = encode_payload(payload)
-        more = _metadata(metadata)
+        more = _metadata(metadata) if metadata is not None or running else _NO_METADATA
         body = encode(
             event_id=text,
             subject=subject,
             correlation_id=correlation,
-            source_service=self._service(),
+            source_service=self.source_service or self._service(),
             data=data,
             metadata=more,
         )
-        self._check_size(len(lines) + len(body))
-        event = PendingEvent(identity, key, subject, lines, body, deliver_at)
+        if len(lines) + len(body) > self._bytes_max:
+            size = f"{len(lines) + len(body)} bytes, at most {self._bytes_max}"
+            raise InvalidEvent("payload", f"headers and body have {size}")
+        event = PendingEvent(text, key, subject, lines, body, deliver_at)
         given = None
         if event_id is not None:
             given = (subject, key, lines, data, more, correlation, deliver_at)
@@ -140,15 +142,8 @@ class Outbox:
             connections.write_early(found)
 
     def _service(self) -> str:
-        if self.source_service is not None:
-            return self.source_service
         running = context.running.get()
         return check_source_service(None if running is None else running.service)
-
-    def _check_size(self, size: int) -> None:
-        if size > self._bytes_max:
-            rule = f"headers and body have {size} bytes, at most {self._bytes_max}"
-            raise InvalidEvent("payload", rule)
 
 
 @lru_cache(maxsize=1)
@@ -200,8 +195,6 @@ def _header_lines(key: str | None, headers: Mapping[str, str] | None) -> bytes:
 
 def _metadata(given: Mapping[str, Any] | None) -> bytes:
     running = context.running.get()
-    if given is None and running is None:
-        return _NO_METADATA
     if given is not None and not isinstance(given, Mapping):
         raise InvalidEvent("metadata", f"must be a mapping, not {type(given).__name__}")
     cause = {} if running is None else {"causation_id": running.event_id}

@@ -54,7 +54,9 @@ class Share:
 
     def __init__(self) -> None:
         self.items: list[Item] = []
-        self.known: dict[UUID, Item] = {}  # the caller's own ids, also of events written early
+        self.known: dict[
+            UUID | str, Item
+        ] = {}  # the caller's own ids, also of events written early
         self.binds: dict[Place, Engine | Connection] = {}  # places that were checked
 
     def put(self, item: Item) -> None:
@@ -83,7 +85,7 @@ class Share:
                 item.savepoints = item.savepoints[: item.savepoints.index(savepoint)]
 
 
-def is_repeat(shares: Iterable[Share], event_id: UUID, content: object) -> bool:
+def is_repeat(shares: Iterable[Share], event_id: UUID | str, content: object) -> bool:
     """Return True when this transaction has added the same event already.
 
     Raises:

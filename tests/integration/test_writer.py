@@ -7,10 +7,9 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError
 from sqlalchemy.ext.asyncio import (
-    AsyncConnection,
     AsyncEngine,
     AsyncSession,
     async_scoped_session,
@@ -662,7 +661,11 @@ async def test_write_buffered_returns_the_count(
     async with sessionmaker() as session:
         assert await session.run_sync(write_buffered) == 0
         add(session, 1)
-        enqueue(session, PendingEvent(uuid4(), None, "dlq.x", b"", b'{"data":{"n":2}}', None), schema="outbox")
+        enqueue(
+            session,
+            PendingEvent(uuid4(), None, "dlq.x", b"", b'{"data":{"n":2}}', None),
+            schema="outbox",
+        )
         assert await session.run_sync(write_buffered) == 2
         await session.commit()
     assert await stored(engine) == [1, 2]
@@ -895,5 +898,3 @@ async def test_settings_choose_the_schema(engine: AsyncEngine) -> None:
         rows = await connection.execute(text("SELECT count(*) FROM other.pending"))
         assert rows.scalar() == 1
     assert await stored(engine) == [2]
-
-

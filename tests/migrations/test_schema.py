@@ -5,7 +5,9 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata, produce_migrations
+from alembic.config import Config
 from alembic.operations.ops import OpContainer
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, MetaData, create_engine, text
@@ -226,3 +228,18 @@ async def test_hosts_autogenerate_leaves_our_tables_alone(
             lambda c: _host_operations(c, include_schemas=include_schemas)
         )
     assert found == []
+
+
+def _command_upgrade(connection: Connection) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(migrated.location()))
+    config.attributes.update(connection=connection, schema="by_command")
+    command.upgrade(config, "head")
+
+
+async def test_alembics_own_command_works_on_the_environment(empty_database_url: str) -> None:
+    """`alembic.command.upgrade` with a connection in the attributes makes the same version."""
+    engine = create_async_engine(empty_database_url, poolclass=NullPool)
+    async with engine.connect() as connection:
+        await connection.run_sync(_command_upgrade)
+    await migrated.check_version(engine, "by_command")

@@ -1,0 +1,240 @@
+"""One page on its way to the broker: frames out, acks in, each row decided."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from outbox.errors import BrokerUnavailable
+from outbox.jetstream import publishing
+from outbox.jetstream.client import JetStreamClient
+from outbox.jetstream.publishing import AckInbox, Answer, Held, Outcome
+from outbox.relay.page import Page, State
+from outbox.relay.verdict import OBSTACLES, DeadReason, Verdict
+
+logger = logging.getLogger(__name__)
+CHUNK_ROWS = 500
+LOOK_UPS_MAX = 32  # messages read at once
+REPUBLISHED_MAX = 20
+
+
+@dataclass(slots=True)
+class Flight:
+    """Sends `page` and collects what became of it; used once.
+
+    A row that the broker did not answer for is `UNKNOWN` at the end, and `outage` says why.
+    """
+
+    page: Page
+    inbox: AckInbox
+    client: JetStreamClient
+    stream: str
+    base: int  # token of the first row; no other page uses these tokens
+    timeout: timedelta  # without any ack
+    attempts_max: int
+    may_send: Callable[[], None]  # raises when the lane is lost
+    sent: Callable[[int], None] = lambda _: None  # told of each piece that was handed over
+    streams: dict[str, str] = field(default_factory=dict)  # subject: its stream, if another
+    confirmed: list[tuple[int, int, str]] = field(default_factory=list)  # id, sequence, stream
+    verdicts: dict[int, Verdict] = field(default_factory=dict)  # failed and dead rows
+    duplicates: int = 0
+    no_responders: list[int] = field(default_factory=list)
+    outage: str | None = None
+    _ready: list[int] = field(default_factory=list)
+    _claimed: list[tuple[int, Answer]] = field(default_factory=list)  # duplicates to look up
+    _suffix: dict[int, int] = field(default_factory=dict)
+    _event: asyncio.Event = field(default_factory=asyncio.Event)
+    _acked_at: float = 0.0
+    _success: bytes = b""
+
+    async def run(self) -> None:
+        """Send the page and wait until each row is decided, or the broker is out.
+
+        Raises:
+            LaneLost: what was not sent stays unsent.
+        """
+        self._success = f'{{"stream":"{self.stream}", "seq":'.encode()
+        self._acked_at = asyncio.get_running_loop().time()
+        self.inbox.on_ack = self._on_ack
+        unsubscribe = self.client.on_change(self._event.set)
+        try:
+            await self._send(self.page.first)
+            await self._wait()
+        except BrokerUnavailable as error:
+            self.outage = str(error)
+        finally:
+            unsubscribe()
+            self.inbox.on_ack = publishing._ignore  # noqa: SLF001 - late acks mean nothing
+            self.page.give_up()
+
+    async def _wait(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self.page.undecided:
+            self._event.clear()
+            if self._claimed:
+                await self._look_up()
+            elif self._ready:
+                ready, self._ready = self._ready, []
+                await self._follow(ready)
+            else:
+                if not self.inbox.current:
+                    raise BrokerUnavailable("disconnected while events were in flight")
+                left = self._acked_at + self.timeout.total_seconds() - loop.time()
+                if left <= 0:
+                    raise BrokerUnavailable(f"no ack within {self.timeout}")
+                await self._until_event(left)
+
+    async def _until_event(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._event.wait()
+        except TimeoutError:
+            return
+
+    async def _follow(self, ready: Sequence[int]) -> None:
+        """Send the next of each key, unless the broker is out."""
+        if self.outage is None:
+            await self._send(ready)
+            return
+        for index in ready:
+            self.page.decide(index, State.UNKNOWN)
+
+    async def _send(self, indexes: Sequence[int]) -> None:
+        for start in range(0, len(indexes), CHUNK_ROWS):
+            self.may_send()
+            if self.outage is not None:
+                for index in indexes[start:]:
+                    self.page.decide(index, State.UNKNOWN)
+                return
+            frames = self._frames(indexes[start : start + CHUNK_ROWS])
+            if frames:
+                await self.inbox.write(frames)
+                self.sent(len(frames))
+                await asyncio.sleep(0)  # the flusher's turn
+
+    def _frames(self, indexes: Sequence[int]) -> list[bytes]:
+        frames: list[bytes] = []
+        rows, states, prefix, base = self.page.rows, self.page.states, self.inbox.prefix, self.base
+        payload_max = self.inbox.payload_max
+        for index in indexes:
+            row = rows[index]
+            suffix = self._suffix.get(index, row.republished)
+            message_id = f"{row.event_id}~r{suffix}" if suffix else row.event_id
+            stream = self.streams.get(row.subject, self.stream)
+            header = publishing.header_block(message_id, stream, row.headers)
+            found = publishing.obstacle(
+                row.subject, len(header), len(row.body), payload_max=payload_max
+            )
+            if found is not None:
+                error = f"{len(header)} bytes of headers and {len(row.body)} of body"
+                self._bury(index, OBSTACLES[found], error, attempts=row.attempts)
+                continue
+            states[index] = State.SENT
+            frames.append(
+                publishing.frame(row.subject, f"{prefix}{base + index}", header, row.body)
+            )
+        return frames
+
+    def _on_ack(self, token: int, data: bytes) -> None:
+        index = token - self.base
+        states = self.page.states
+        if not 0 <= index < len(states) or states[index] is not State.SENT:
+            return
+        success = self._success
+        if data.startswith(success) and (digits := data[len(success) : -1]).isdigit():
+            self._confirm(index, int(digits), self.stream)
+            return
+        row = self.page.rows[index]
+        if not data:
+            self.no_responders.append(index)
+            answer = Answer(Outcome.UNAVAILABLE, detail=f"no stream takes {row.subject} (503)")
+        else:
+            answer = publishing.classify(data, self.streams.get(row.subject, self.stream))
+        self._answered(index, answer)
+
+    def _answered(self, index: int, answer: Answer) -> None:
+        row = self.page.rows[index]
+        match answer.outcome:
+            case Outcome.CONFIRMED:
+                self._confirm(index, answer.sequence, answer.stream)
+            case Outcome.DUPLICATE:
+                self._claimed.append((index, answer))
+                self._event.set()
+            case Outcome.UNKNOWN:  # anybody may answer first; the broker's own ack still counts
+                logger.error(
+                    "an ack that is not the broker's",
+                    extra={"event_id": row.event_id, "reason": answer.detail},
+                )
+            case Outcome.UNAVAILABLE:
+                self.outage = answer.detail
+                self._decide(index, State.UNKNOWN)
+            case Outcome.MISCONFIGURED:
+                self.fail(index, answer.detail, counted=False)
+            case Outcome.IMPOSSIBLE:
+                self._bury(index, DeadReason.REFUSED, answer.detail, attempts=row.attempts + 1)
+            case Outcome.REFUSED:
+                self.fail(index, answer.detail, counted=True)
+
+    def _confirm(self, index: int, sequence: int, stream: str) -> None:
+        self.confirmed.append((self.page.rows[index].id, sequence, stream))
+        self._decide(index, State.CONFIRMED)
+
+    def fail(self, index: int, error: str, *, counted: bool) -> None:
+        """Have row `index` wait, or give it up when its attempts are spent."""
+        attempts = self.page.rows[index].attempts + counted
+        if counted and attempts >= self.attempts_max:
+            self._bury(index, DeadReason.ATTEMPTS, error, attempts=attempts)
+            return
+        self.verdicts[index] = Verdict(
+            error, attempts, counted=counted, republished=self._suffix.get(index)
+        )
+        self._decide(index, State.FAILED)
+
+    def _bury(self, index: int, reason: DeadReason, error: str, *, attempts: int) -> None:
+        self.verdicts[index] = Verdict(error, attempts, reason=reason)
+        self._decide(index, State.DEAD)
+
+    def _decide(self, index: int, state: State) -> None:
+        self._acked_at = asyncio.get_running_loop().time()
+        following = self.page.decide(index, state)
+        if following is not None:
+            self._ready.append(following)
+            self._event.set()
+        elif not self.page.undecided:
+            self._event.set()
+
+    async def _look_up(self) -> None:
+        """Find out whether what the stream calls duplicates are these very events."""
+        claimed, self._claimed = self._claimed[:LOOK_UPS_MAX], self._claimed[LOOK_UPS_MAX:]
+        rows = [self.page.rows[index] for index, _ in claimed]
+        found = await asyncio.gather(
+            *(
+                publishing.look_up(
+                    self.client,
+                    answer.stream,
+                    answer.sequence,
+                    event_id=row.event_id,
+                    subject=row.subject,
+                )
+                for row, (_, answer) in zip(rows, claimed, strict=True)
+            )
+        )
+        for (index, answer), held in zip(claimed, found, strict=True):
+            await self._judge_duplicate(index, answer, held)
+
+    async def _judge_duplicate(self, index: int, answer: Answer, held: Held) -> None:
+        row = self.page.rows[index]
+        match held:
+            case Held.THIS:
+                self.duplicates += 1
+                self._confirm(index, answer.sequence, answer.stream)
+            case Held.REUSED:
+                error = f"sequence {answer.sequence} of {answer.stream} is another event"
+                self._bury(index, DeadReason.ID_REUSE, error, attempts=row.attempts)
+            case Held.NOTHING:
+                suffix = self._suffix.get(index, row.republished) + 1
+                if suffix > REPUBLISHED_MAX:
+                    raise BrokerUnavailable("the stream calls everything a duplicate")
+                self._suffix[index] = suffix
+                await self._send([index])

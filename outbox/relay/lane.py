@@ -1,0 +1,378 @@
+"""The work of the relay that holds a lane: read, publish, settle, each page beside its neighbours.
+
+While a page is in flight the next one is read and the one before is settled. Publishing is one page
+after another, so that a key is never in flight twice.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from outbox.errors import BrokerUnavailable
+from outbox.jetstream import provisioning
+from outbox.jetstream.client import ApiError, JetStreamClient
+from outbox.jetstream.publishing import AckInbox
+from outbox.postgres import driver, pending
+from outbox.postgres.driver import Driver
+from outbox.postgres.pending import Read, Row
+from outbox.relay.flight import Flight
+from outbox.relay.floor import Floor
+from outbox.relay.held import Blocked, HeldRows
+from outbox.relay.lease import Lease
+from outbox.relay.outage import Outage
+from outbox.relay.page import Page, State
+from outbox.relay.settling import Settled, Settler
+from outbox.settings import Settings
+from outbox.telemetry import Moment, Observer, Step
+
+logger = logging.getLogger(__name__)
+SWEEP = timedelta(seconds=30)
+IDLE_FIRST = 0.002
+WAITING_CHECK = 0.5
+REBUILDS_MAX = 2  # with the same page in flight, before its rows are sent one by one
+STREAMS_MAX = 1000  # subjects whose stream is remembered
+
+
+class Lane:
+    """Publishes the rows of one lane until stopped, or until an error ends the session."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        client: JetStreamClient,
+        *,
+        settings: Settings,
+        observer: Observer,
+        lease: Lease,
+        wake: asyncio.Event,
+        stopping: asyncio.Event,
+        broker: Outage,
+    ) -> None:
+        self._engine = engine
+        self._client = client
+        self._settings = settings
+        self._schema = settings.schema_name
+        self._observer = observer
+        self._lease = lease
+        self._wake = wake
+        self._stopping = stopping
+        self._broker = broker
+        self._inbox = AckInbox(client)
+        self._floor = Floor()
+        self._blocked = Blocked()
+        self._in_flight: dict[int, list[int]] = {}  # page number: its ids, read and not settled
+        self._reading: asyncio.Task[tuple[int, Read]] | None = None
+        self._settling: asyncio.Task[None] | None = None
+        self._token = 0
+        self._streams: dict[str, str] = {}
+        self._suspects = 0  # times that the connection was closed for good with a page in flight
+        self._swept = time.monotonic()
+        self.below_floor = 0  # rows that were found below the floor; must stay 0
+        self.acked_at: float | None = None  # monotonic
+        self.unanswered_since: float | None = None
+
+    async def run(self) -> None:
+        """Work until `stopping` is set; nothing is in flight afterwards.
+
+        Raises:
+            LaneLost: the lease has run out or was taken.
+            DatabaseUnavailable: begin again with new connections.
+        """
+        async with self._connections() as (reader, settler):
+            held = HeldRows(reader, self._settings, self._blocked)
+            await held.load()
+            checked = 0.0
+            idle = IDLE_FIRST
+            try:
+                while not self._stopping.is_set():
+                    self._lease.check()
+                    if not await self._broker_ready():
+                        continue
+                    if time.monotonic() - checked >= WAITING_CHECK or self._blocked.released:
+                        await self._settled()
+                        await self._publish_held(held, settler)
+                        checked = time.monotonic()
+                    if await self._publish_pending(reader, settler):
+                        idle = IDLE_FIRST
+                    else:
+                        idle = await self._rest(idle)
+                await self._settled()
+            finally:
+                await self._end_tasks()
+                await self._inbox.close()
+
+    @asynccontextmanager
+    async def _connections(self) -> AsyncIterator[tuple[Driver, Settler]]:
+        async with (
+            driver.connection(self._engine) as (_, reader),
+            driver.connection(self._engine, asynchronous=True) as (_, writer),
+        ):
+            yield (
+                reader,
+                Settler(
+                    writer,
+                    schema=self._schema,
+                    lease=self._lease,
+                    archive=self._settings.archive_retention is not None,
+                    tell=self._observer.on_step,
+                ),
+            )
+
+    async def _broker_ready(self) -> bool:
+        """Return whether frames can be sent; wait a little when not."""
+        try:
+            await self._inbox.open()
+        except BrokerUnavailable as error:
+            await self._back_off(str(error))
+            return False
+        return True
+
+    async def _back_off(self, reason: str) -> None:
+        await self._settled()
+        self._discard_read()
+        self.unanswered_since = self.unanswered_since or time.monotonic()
+        delay = self._broker.failed(self._client.last_error or reason)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay.total_seconds()):
+                await self._stopping.wait()
+
+    async def _rest(self, idle: float) -> float:
+        """Sleep until woken, at most the poll interval; return the next time to sleep."""
+        await self._settled()
+        try:
+            async with asyncio.timeout(idle):
+                await self._wake.wait()
+        except TimeoutError:
+            return min(max(idle * 2, 0.005), self._settings.poll_interval_max.total_seconds())
+        finally:
+            self._wake.clear()
+        return IDLE_FIRST
+
+    # --- pending -----------------------------------------------------------------------------
+
+    async def _publish_pending(self, reader: Driver, settler: Settler) -> bool:
+        """Publish the next page; return False when there is none."""
+        task = self._reading or asyncio.create_task(self._read(reader))
+        self._reading = task
+        number, read = await task
+        self._reading = None
+        if not read.rows:
+            return False
+        self._observer.on_step(Moment(Step.READ, "relay", count=len(read.rows)))
+        if self._suspects < REBUILDS_MAX:  # else one at a time
+            self._reading = asyncio.create_task(self._read(reader))
+        rows = read.rows if self._suspects < REBUILDS_MAX else read.rows[:1]
+        flight = await self._fly(Page(rows, self._blocked.keys), rows)
+        self._note_blocked(flight)
+        await self._settled()
+        partial = len(rows) < len(read.rows)
+        last = read.rows[-1].id
+        if flight.outage is not None:
+            await self._conclude(settler, flight, number, last, partial=partial)
+            await self._back_off(flight.outage)
+            return True
+        self._settling = asyncio.create_task(
+            self._conclude(settler, flight, number, last, partial=partial)
+        )
+        if partial:
+            await self._settled()
+        return True
+
+    async def _read(self, reader: Driver) -> tuple[int, Read]:
+        sweep = time.monotonic() - self._swept >= SWEEP.total_seconds()
+        floor = self._floor.value
+        read = await pending.read(
+            reader,
+            self._schema,
+            floor=0 if sweep else floor,
+            in_flight=[each for ids in self._in_flight.values() for each in ids],
+            rows_max=self._settings.page_rows_max,
+            bytes_max=self._settings.page_bytes_max,
+        )
+        rows = read.rows
+        if sweep:
+            self._swept = time.monotonic()
+            below = sum(row.id <= floor for row in rows)
+            if below:
+                self.below_floor += below
+                logger.error("rows were found below the floor", extra={"count": below})
+        number = self._floor.opened(
+            xmin=read.xmin,
+            first=rows[0].id if rows else None,
+            last=rows[-1].id if rows else None,
+            full=read.full,
+        )
+        if rows:
+            self._in_flight[number] = [row.id for row in rows]
+        return number, read
+
+    def _note_blocked(self, flight: Flight) -> None:
+        """Block the keys of failed rows at once: the next page has been read already."""
+        for index in flight.page.having(State.FAILED):
+            key = flight.page.rows[index].key
+            if key is not None:
+                self._blocked.keys.add(key)
+
+    async def _conclude(
+        self, settler: Settler, flight: Flight, number: int, last: int, *, partial: bool
+    ) -> None:
+        done: Settled = await settler.settle(flight, "pending")
+        if done.complete and not partial:
+            self._floor.closed(number, barrier=done.barrier, last=last)
+        else:
+            self._floor.reset(number)
+        self._in_flight.pop(number, None)
+
+    async def _settled(self) -> None:
+        """Wait until the page before is settled."""
+        task, self._settling = self._settling, None
+        if task is not None:
+            await task
+
+    def _discard_read(self) -> None:
+        """Forget a page that was read ahead: it is read again, behind what is unsettled."""
+        task, self._reading = self._reading, None
+        if task is None:
+            return
+
+        def forget(done: asyncio.Task[tuple[int, Read]]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                number, _ = done.result()
+                self._floor.reset(number)
+                self._in_flight.pop(number, None)
+
+        if task.done():
+            forget(task)
+        else:
+            task.add_done_callback(forget)
+
+    async def _end_tasks(self) -> None:
+        tasks = [task for task in (self._reading, self._settling) if task is not None]
+        self._reading = self._settling = None
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- waiting -----------------------------------------------------------------------------
+
+    async def _publish_held(self, held: HeldRows, settler: Settler) -> None:
+        """Publish what is due of `waiting`."""
+        rows, behind = await held.due()
+        if not rows and not behind:
+            return
+        page = Page(rows, ())
+        flight = await self._fly(page, rows)
+        held.hold_behind(page, behind)
+        await settler.settle(flight, "waiting")
+        self._note_blocked(flight)
+        await held.refresh({row.key for row in (*rows, *behind) if row.key is not None})
+        if flight.outage is not None:
+            await self._back_off(flight.outage)
+
+    # --- both --------------------------------------------------------------------------------
+
+    async def _fly(self, page: Page, rows: list[Row]) -> Flight:
+        connection = self._inbox.connection
+        self.unanswered_since = self.unanswered_since or time.monotonic()
+        flight = Flight(
+            page,
+            self._inbox,
+            self._client,
+            self._settings.stream,
+            self._token,
+            self._settings.publish_timeout,
+            self._settings.publish_attempts_max,
+            self._lease.check,
+            self._told_sent(),
+            streams=await self._streams_of(rows),
+        )
+        self._token += len(rows)
+        await flight.run()
+        await self._explain(flight)
+        self._watch(flight, connection, alone=len(rows) == 1)
+        self._observer.on_step(Moment(Step.CONFIRMED, "relay", count=len(flight.confirmed)))
+        if flight.duplicates:
+            self._observer.on_step(Moment(Step.DUPLICATE, "relay", count=flight.duplicates))
+        if flight.confirmed or flight.outage is None:
+            self.acked_at, self.unanswered_since = time.monotonic(), None
+        if flight.outage is None:
+            self._broker.over()
+        return flight
+
+    def _told_sent(self) -> Callable[[int], None]:
+        return lambda count: self._observer.on_step(Moment(Step.SENT, "relay", count=count))
+
+    def _watch(self, flight: Flight, connection: object, *, alone: bool) -> None:
+        """Find the row on which the server closes the connection, by sending one at a time."""
+        if flight.outage is None:
+            self._suspects = 0
+            return
+        if self._client.is_connected and self._client.client is connection:
+            return
+        unknown = flight.page.having(State.UNKNOWN)
+        closed = self._inbox.connection is connection and self._closed_for_good(connection)
+        if not unknown or not closed:
+            return
+        self._suspects += 1
+        if alone and self._suspects > REBUILDS_MAX:
+            flight.page.undecided = 1
+            flight.fail(unknown[0], "the server closed the connection on it", counted=True)
+
+    def _closed_for_good(self, connection: object) -> bool:
+        try:
+            return self._client.client is not connection
+        except BrokerUnavailable:
+            return False
+
+    async def _explain(self, flight: Flight) -> None:
+        """Tell an outage from a subject that no stream takes, or that we may not publish to."""
+        if flight.outage is None:
+            return
+        page = flight.page
+        suspects = [i for i in flight.no_responders if page.states[i] is State.UNKNOWN]
+        denied = self._client.denied_subjects
+        for index in page.having(State.UNKNOWN):
+            if page.rows[index].subject in denied:
+                page.undecided += 1
+                flight.fail(index, "permissions violation", counted=False)
+        answers: dict[str, bool] = {}
+        for index in suspects:
+            subject = page.rows[index].subject
+            if subject not in answers and len(answers) < 20:  # noqa: PLR2004 - the rest comes again
+                answers[subject] = await self._is_homeless(subject)
+            if answers.get(subject) and page.states[index] is State.UNKNOWN:
+                page.undecided += 1
+                flight.fail(index, f"no stream takes {subject}", counted=False)
+        if not page.having(State.UNKNOWN):
+            flight.outage = None
+
+    async def _is_homeless(self, subject: str) -> bool:
+        """Return whether the broker says that no stream of ours takes `subject`."""
+        self._streams.pop(subject, None)
+        try:
+            names = await provisioning.streams_for(self._client, subject)
+        except (BrokerUnavailable, ApiError):
+            return False
+        return not names
+
+    async def _streams_of(self, rows: list[Row]) -> dict[str, str]:
+        """Return the stream of each `dlq.` subject that is not the usual one."""
+        found: dict[str, str] = {}
+        for subject in {row.subject for row in rows if row.subject.startswith("dlq.")}:
+            if subject not in self._streams:
+                try:
+                    names = await provisioning.streams_for(self._client, subject)
+                except (BrokerUnavailable, ApiError):
+                    continue  # the flight will tell
+                if len(self._streams) >= STREAMS_MAX:
+                    self._streams.clear()
+                usual = self._settings.stream
+                self._streams[subject] = usual if usual in names or not names else names[0]
+            found[subject] = self._streams[subject]
+        return found
