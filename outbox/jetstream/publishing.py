@@ -80,7 +80,7 @@ def classify(data: bytes, stream: str) -> Answer:
     return Answer(outcome, sequence, stream)
 
 
-def _classify_error(error: Any) -> Answer:  # noqa: ANN401 - outside JSON
+def _classify_error(error: Any) -> Answer:
     if not isinstance(error, dict):
         return Answer(Outcome.UNKNOWN, detail="an ack with an odd error")
     code, reason = error.get("code"), error.get("err_code")
@@ -138,7 +138,7 @@ class AckInbox:
         self._prefix_bytes = 0
         self.generation = -1
         self.prefix = ""
-        self.on_ack: Callable[[int, bytes], None] = _ignore
+        self.on_ack: Callable[[int, bytes], None] = ignore
 
     @property
     def current(self) -> bool:
@@ -151,9 +151,10 @@ class AckInbox:
         return self._client.max_payload
 
     @property
-    def connection(self) -> object:
-        """Identity of the nats-py client: another one after it closed for good."""
-        return self._owner
+    def closed_for_good(self) -> bool:
+        """True when nats-py gave the connection up, as it does when the server refuses a frame."""
+        owner = self._owner
+        return owner is not None and (owner.is_closed or self._client.client is not owner)
 
     async def open(self) -> None:
         """Subscribe on the current connection, unless that is done.
@@ -213,7 +214,7 @@ async def _write(client: NatsClient, blob: bytes) -> None:
         await client._flush_pending()  # noqa: SLF001
 
 
-def _ignore(token: int, body: bytes) -> None:
+def ignore(token: int, body: bytes) -> None:
     """Take no note: nothing is in flight."""
 
 

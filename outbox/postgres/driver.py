@@ -15,23 +15,35 @@ STATEMENT_SECONDS = 30.0  # asyncpg has no deadline of its own, and a dead link 
 # the table was empty reads the whole table in a burst.
 SESSION = """
 SET statement_timeout = '30s'; SET lock_timeout = '5s'; SET plan_cache_mode = force_custom_plan;
-SET idle_in_transaction_session_timeout = '60s'; SET default_transaction_isolation = 'read committed'
+SET idle_in_transaction_session_timeout = '60s';
+SET default_transaction_isolation = 'read committed'
 """
 
 
 class Driver(Protocol):
     """What is used of an asyncpg connection. Each statement is a transaction of its own."""
 
-    async def execute(self, query: str, *args: object, timeout: float | None = None) -> str:
+    async def execute(  # the driver's own deadlines
+        self,
+        query: str,
+        *args: object,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> str:
         """Run `query`; return its command tag."""
 
     async def fetch(
-        self, query: str, *args: object, timeout: float | None = None
+        self,
+        query: str,
+        *args: object,
+        timeout: float | None = None,  # noqa: ASYNC109
     ) -> Sequence[Sequence[Any]]:
         """Return all rows."""
 
     async def fetchrow(
-        self, query: str, *args: object, timeout: float | None = None
+        self,
+        query: str,
+        *args: object,
+        timeout: float | None = None,  # noqa: ASYNC109
     ) -> Sequence[Any] | None:
         """Return the first row."""
 

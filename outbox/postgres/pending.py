@@ -97,10 +97,8 @@ SETTLE_DELETED = """
 WITH moved AS (DELETE FROM {schema}.{source} WHERE id = ANY($1::int8[]) RETURNING 1)
 SELECT (SELECT count(*) FROM moved), CAST(pg_current_xact_id() AS text)
 """
-MOVE_TO_WAITING = (
-    "WITH "
-    + FENCE
-    + """, moved AS (
+MOVE_TO_WAITING = """
+WITH {fence}, moved AS (
   DELETE FROM {schema}.pending WHERE id = ANY($4::int8[]) AND EXISTS (SELECT 1 FROM fence)
   RETURNING id, event_id, slot, key, subject, headers, body, created_at, deliver_at
 ), kept AS (
@@ -116,13 +114,10 @@ MOVE_TO_WAITING = (
        AS w(id, reason, attempts, delay, republished, error) ON w.id = m.id
   RETURNING 1
 ) SELECT (SELECT count(*) FROM fence), (SELECT count(*) FROM kept)
-"""
-)
+""".replace("{fence}", FENCE)
 # Giving up is final for the row, so it is on disk before anyone hears of it.
-MOVE_TO_DEAD_LETTERS = (
-    "WITH "
-    + FENCE
-    + """, moved AS (
+MOVE_TO_DEAD_LETTERS = """
+WITH {fence}, moved AS (
   DELETE FROM {schema}.{source} WHERE id = ANY($4::int8[]) AND EXISTS (SELECT 1 FROM fence)
     AND set_config('synchronous_commit', 'on', true) IS NOT NULL
   RETURNING id, event_id, key, subject, headers, body, created_at
@@ -135,8 +130,7 @@ MOVE_TO_DEAD_LETTERS = (
        AS d(id, reason, error, attempts) ON d.id = m.id
   RETURNING 1
 ) SELECT (SELECT count(*) FROM fence), (SELECT count(*) FROM kept)
-"""
-)
+""".replace("{fence}", FENCE)
 NEWEST = "SELECT max(id) FROM {schema}.pending"
 ANY_UP_TO = "SELECT count(*) FROM (SELECT 1 FROM {schema}.pending WHERE id <= $1 LIMIT 10001) AS p"
 
@@ -188,9 +182,7 @@ async def settle(
     return int(row[0]), int(row[1])
 
 
-async def move_to_waiting(
-    driver: Driver, schema: str, fence: Fence, waits: Sequence[Wait]
-) -> bool:
+async def move_to_waiting(driver: Driver, schema: str, fence: Fence, waits: Sequence[Wait]) -> bool:
     """Move rows from `pending` to `waiting`; return False when the lane is lost."""
     with translated():
         row = await driver.fetchrow(

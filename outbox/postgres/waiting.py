@@ -5,7 +5,6 @@ they are read by key once their head has left, so a key with many of them costs 
 """
 
 from collections.abc import Collection, Sequence
-from datetime import datetime
 from typing import NamedTuple
 
 from outbox.postgres.driver import STATEMENT_SECONDS, Driver, translated
@@ -32,10 +31,8 @@ WHERE key IS NOT NULL AND reason IN ('failed', 'blocked')
   AND ($1::text[] IS NULL OR key = ANY($1::text[]))
 GROUP BY key
 """
-POSTPONE = (
-    "WITH "
-    + FENCE
-    + """, changed AS (
+POSTPONE = """
+WITH {fence}, changed AS (
   UPDATE {schema}.waiting AS m
   SET reason = w.reason, attempts = w.attempts, republished = w.republished, last_error = w.error,
       due_at = CASE w.reason WHEN 'blocked' THEN 'infinity' ELSE clock_timestamp() + w.delay END
@@ -44,13 +41,13 @@ POSTPONE = (
   WHERE m.id = w.id AND EXISTS (SELECT 1 FROM fence)
   RETURNING 1
 ) SELECT (SELECT count(*) FROM fence), (SELECT count(*) FROM changed)
-"""
-)
+""".replace("{fence}", FENCE)
 COUNTS = """
 SELECT count(*) FILTER (WHERE due_at <= now()),
        count(*) FILTER (WHERE reason = 'scheduled' AND due_at > now()),
        count(*) FILTER (WHERE reason <> 'scheduled' AND due_at > now()),
-       min(due_at) FILTER (WHERE due_at <> 'infinity')
+       EXISTS (SELECT 1 FROM {schema}.waiting AS b WHERE b.reason = 'blocked' AND NOT EXISTS (
+         SELECT 1 FROM {schema}.waiting AS f WHERE f.key = b.key AND f.reason = 'failed'))
 FROM (SELECT due_at, reason FROM {schema}.waiting LIMIT 100000) AS w
 """
 
@@ -61,7 +58,7 @@ class Counts(NamedTuple):
     due: int
     scheduled: int
     backing_off: int
-    next_due: datetime | None
+    released: bool  # followers whose head has left; they go next
 
 
 async def due(driver: Driver, schema: str, *, rows_max: int, bytes_max: int) -> list[Row]:
@@ -115,4 +112,4 @@ async def counts(driver: Driver, schema: str) -> Counts:
     with translated():
         row = await driver.fetchrow(raw(schema, COUNTS), timeout=STATEMENT_SECONDS)
     assert row is not None  # noqa: S101 - an aggregate always has a row
-    return Counts(int(row[0]), int(row[1]), int(row[2]), row[3])
+    return Counts(int(row[0]), int(row[1]), int(row[2]), bool(row[3]))

@@ -65,7 +65,7 @@ class Flight:
             self.outage = str(error)
         finally:
             unsubscribe()
-            self.inbox.on_ack = publishing._ignore  # noqa: SLF001 - late acks mean nothing
+            self.inbox.on_ack = publishing.ignore  # late acks mean nothing
             self.page.give_up()
 
     async def _wait(self) -> None:

@@ -96,6 +96,7 @@ class Lane:
                         continue
                     if time.monotonic() - checked >= WAITING_CHECK or self._blocked.released:
                         await self._settled()
+                        await self._reader_free()
                         await self._publish_held(held, settler)
                         checked = time.monotonic()
                     if await self._publish_pending(reader, settler):
@@ -135,7 +136,7 @@ class Lane:
 
     async def _back_off(self, reason: str) -> None:
         await self._settled()
-        self._discard_read()
+        await self._discard_read()
         self.unanswered_since = self.unanswered_since or time.monotonic()
         delay = self._broker.failed(self._client.last_error or reason)
         with contextlib.suppress(TimeoutError):
@@ -235,22 +236,18 @@ class Lane:
         if task is not None:
             await task
 
-    def _discard_read(self) -> None:
+    async def _reader_free(self) -> None:
+        """Wait until the page that is read ahead has come; it stays for later."""
+        if self._reading is not None:
+            await asyncio.wait({self._reading})
+
+    async def _discard_read(self) -> None:
         """Forget a page that was read ahead: it is read again, behind what is unsettled."""
         task, self._reading = self._reading, None
-        if task is None:
-            return
-
-        def forget(done: asyncio.Task[tuple[int, Read]]) -> None:
-            if not done.cancelled() and done.exception() is None:
-                number, _ = done.result()
-                self._floor.reset(number)
-                self._in_flight.pop(number, None)
-
-        if task.done():
-            forget(task)
-        else:
-            task.add_done_callback(forget)
+        if task is not None:
+            number, _ = await task
+            self._floor.reset(number)
+            self._in_flight.pop(number, None)
 
     async def _end_tasks(self) -> None:
         tasks = [task for task in (self._reading, self._settling) if task is not None]
@@ -278,7 +275,6 @@ class Lane:
     # --- both --------------------------------------------------------------------------------
 
     async def _fly(self, page: Page, rows: list[Row]) -> Flight:
-        connection = self._inbox.connection
         self.unanswered_since = self.unanswered_since or time.monotonic()
         flight = Flight(
             page,
@@ -295,7 +291,7 @@ class Lane:
         self._token += len(rows)
         await flight.run()
         await self._explain(flight)
-        self._watch(flight, connection, alone=len(rows) == 1)
+        self._watch(flight, alone=len(rows) == 1)
         self._observer.on_step(Moment(Step.CONFIRMED, "relay", count=len(flight.confirmed)))
         if flight.duplicates:
             self._observer.on_step(Moment(Step.DUPLICATE, "relay", count=flight.duplicates))
@@ -308,27 +304,18 @@ class Lane:
     def _told_sent(self) -> Callable[[int], None]:
         return lambda count: self._observer.on_step(Moment(Step.SENT, "relay", count=count))
 
-    def _watch(self, flight: Flight, connection: object, *, alone: bool) -> None:
+    def _watch(self, flight: Flight, *, alone: bool) -> None:
         """Find the row on which the server closes the connection, by sending one at a time."""
         if flight.outage is None:
             self._suspects = 0
             return
-        if self._client.is_connected and self._client.client is connection:
-            return
         unknown = flight.page.having(State.UNKNOWN)
-        closed = self._inbox.connection is connection and self._closed_for_good(connection)
-        if not unknown or not closed:
+        if not unknown or not self._inbox.closed_for_good:
             return
         self._suspects += 1
         if alone and self._suspects > REBUILDS_MAX:
-            flight.page.undecided = 1
+            flight.page.undecided += 1
             flight.fail(unknown[0], "the server closed the connection on it", counted=True)
-
-    def _closed_for_good(self, connection: object) -> bool:
-        try:
-            return self._client.client is not connection
-        except BrokerUnavailable:
-            return False
 
     async def _explain(self, flight: Flight) -> None:
         """Tell an outage from a subject that no stream takes, or that we may not publish to."""

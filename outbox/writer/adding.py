@@ -157,11 +157,14 @@ def default_outbox() -> Outbox:
 
 
 def enqueue(session: AnySession, event: PendingEvent, *, schema: str) -> None:
-    """Buffer a finished event of the library itself; nothing about it is checked.
+    """Buffer a finished event of the library itself; little about it is checked.
 
     Raises:
+        InvalidEvent: subject or key hold a line break, which would shift the INSERT's columns.
         InvalidSession: the session cannot carry events.
     """
+    if "\n" in event.subject or "\n" in (event.key or ""):
+        raise InvalidEvent("subject or key", "may not hold a line break", event.subject)
     _buffer(session, event, _place(schema), None)
 
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from uuid import UUID
 
 from sqlalchemy import Connection, Engine
@@ -106,9 +107,9 @@ def write(
     connection: Connection, shares: Iterable[Share], items: list[Item], *, notify: bool
 ) -> None:
     """Write `items` of `shares`; they leave the buffers only after the INSERT has returned."""
-    items = sorted(items, key=lambda item: item.order)
+    items = sorted(items, key=attrgetter("order"))
     for schema in dict.fromkeys(item.schema for item in items):
-        events = [item.event for item in items if item.schema == schema]
+        events = [item.event for item in items if item.schema is schema or item.schema == schema]
         writing.insert(connection, schema, events, notify=notify)
     written = {item.order for item in items}
     for share in shares:

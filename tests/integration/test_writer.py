@@ -1,6 +1,7 @@
 """`add` in every kind of transaction, against a real PostgreSQL."""
 
 import asyncio
+import zlib
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -97,7 +98,7 @@ async def test_commit_stores_and_rollback_does_not(
 async def test_begin_block_that_fails_stores_nothing(
     sessionmaker: async_sessionmaker[AsyncSession], engine: AsyncEngine
 ) -> None:
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012 - the block is what fails
         async with sessionmaker.begin() as session:
             add(session, 1)
             raise ZeroDivisionError
@@ -117,8 +118,8 @@ async def test_row_holds_what_was_added(
     assert str(rows[0].event_id) == event_id
     assert (rows[0].key, rows[0].subject, rows[0].deliver_at) == ("k-1", SUBJECT, at)
     assert decode_headers(rows[0].headers) == {"Outbox-Key": "k-1", "traceparent": "00-x"}
-    assert rows[0].slot == writing.zlib.crc32(b"k-1") % 1024
-    assert rows[1].slot == writing.zlib.crc32(plain.encode()) % 1024
+    assert rows[0].slot == zlib.crc32(b"k-1") % 1024
+    assert rows[1].slot == zlib.crc32(plain.encode()) % 1024
     assert (rows[1].key, rows[1].headers, rows[1].deliver_at) == (None, b"", None)
 
 
@@ -220,11 +221,11 @@ async def test_savepoint_of_a_failed_flush_drops_its_events(
     async with sessionmaker() as session:
         session.add(Thing(id=1))
         await session.flush()
-        with pytest.raises(DBAPIError):
+        with pytest.raises(DBAPIError):  # noqa: PT012 - the block is what fails
             async with session.begin_nested():
                 add(session, 1)
                 await session.execute(text("INSERT INTO thing VALUES (1, '')"))
-        with pytest.raises(DBAPIError):
+        with pytest.raises(DBAPIError):  # noqa: PT012 - the block is what fails
             async with session.begin_nested():
                 add(session, 2)
                 session.add(Thing(id=2**40))  # no int4: the flush fails
@@ -395,7 +396,7 @@ async def test_first_add_inside_before_commit(
         if work:
             session.add(Thing(id=1))
         else:
-            await session.begin()
+            _ = await session.begin()
         await session.commit()
     assert await stored(engine) == [1, 2]
 
@@ -440,7 +441,7 @@ async def test_objects_are_flushed_before_ids_are_drawn(
 
 async def test_joined_session_that_only_flushes(engine: AsyncEngine) -> None:
     async with engine.connect() as connection:
-        await connection.begin()
+        _ = await connection.begin()
         async with AsyncSession(connection) as session:
             session.add(Thing(id=1))
             add(session, 1)
@@ -460,7 +461,7 @@ async def test_joined_session_that_is_closed_before_the_commit(engine: AsyncEngi
 
 async def test_joined_session_closed_and_outer_rolled_back(engine: AsyncEngine) -> None:
     async with engine.connect() as connection:
-        await connection.begin()
+        _ = await connection.begin()
         async with AsyncSession(connection) as session:
             add(session, 1)
             await session.flush()
@@ -473,7 +474,7 @@ async def test_joined_session_closed_and_outer_rolled_back(engine: AsyncEngine) 
 async def test_joined_session_that_commits_and_outer_commits_or_not(engine: AsyncEngine) -> None:
     for outer in ("commit", "rollback"):
         async with engine.connect() as connection:
-            await connection.begin()
+            _ = await connection.begin()
             async with AsyncSession(connection) as session:
                 add(session, 1)
                 await session.commit()
@@ -485,7 +486,7 @@ async def test_joined_session_that_commits_and_outer_commits_or_not(engine: Asyn
 
 async def test_joined_session_that_rolls_back(engine: AsyncEngine) -> None:
     async with engine.connect() as connection:
-        await connection.begin()
+        _ = await connection.begin()
         async with AsyncSession(connection) as session:
             add(session, 1)
             await session.rollback()
@@ -496,7 +497,7 @@ async def test_joined_session_that_rolls_back(engine: AsyncEngine) -> None:
 
 async def test_joined_session_commit_inside_a_foreign_savepoint(engine: AsyncEngine) -> None:
     async with engine.connect() as connection:
-        await connection.begin()
+        _ = await connection.begin()
         session = AsyncSession(connection, join_transaction_mode="rollback_only")
         session.add(Thing(id=1))
         await session.flush()
@@ -536,7 +537,7 @@ async def test_create_savepoint_fixture_shows_rows_and_leaves_none(engine: Async
 
 async def test_create_savepoint_session_closed_without_commit_drops(engine: AsyncEngine) -> None:
     async with engine.connect() as connection:
-        await connection.begin()
+        _ = await connection.begin()
         async with AsyncSession(connection, join_transaction_mode="create_savepoint") as session:
             add(session, 1)
         async with AsyncSession(connection, join_transaction_mode="create_savepoint") as session:
@@ -566,7 +567,7 @@ async def test_create_savepoint_after_flush_of_the_commit_is_visible(engine: Asy
 
 async def test_control_fully_session_closes_the_transaction(engine: AsyncEngine) -> None:
     async with engine.connect() as connection:
-        await connection.begin()
+        _ = await connection.begin()
         async with AsyncSession(connection, join_transaction_mode="control_fully") as session:
             session.add(Thing(id=1))
             await session.flush()
@@ -688,12 +689,12 @@ async def test_autocommit_is_refused(database_url: str, engine: AsyncEngine) -> 
         with pytest.raises(InvalidSession, match="AUTOCOMMIT"):
             add(connection, 1)
     async with AsyncSession(engine) as session:
-        await session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+        _ = await session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
         with pytest.raises(InvalidSession, match="AUTOCOMMIT"):
             add(session, 1)
     async with AsyncSession(engine) as session:
         add(session, 1)
-        await session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+        _ = await session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
         with pytest.raises(InvalidSession, match="AUTOCOMMIT"):
             await session.commit()
         await session.rollback()

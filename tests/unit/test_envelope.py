@@ -15,16 +15,17 @@ from outbox.envelope import Delivery, Malformed, MalformedMessage
 
 DELIVERY = Delivery(1, "EVENTS", 7, redelivered=False)
 SUBJECT = "evt.a.v1"
+CHARACTERS = st.characters(codec="utf-8", exclude_characters="\x00")
 PLAIN = st.recursive(
     st.none()
     | st.booleans()
     | st.integers(-(2**63), 2**63 - 1)
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00")),
+    | st.text(CHARACTERS),
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(
-            st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00")),
+            st.text(CHARACTERS),
             inner,
             max_size=4,
         )
@@ -53,7 +54,7 @@ def parse(data: bytes, **headers: str) -> envelope.EventEnvelope:
 
 @given(
     st.dictionaries(
-        st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00")),
+        st.text(CHARACTERS),
         PLAIN,
         max_size=4,
     ),
