@@ -1,7 +1,9 @@
 """Drain a backlog, and compare it with what the same server takes in raw frames.
 
 The ceiling: HPUB frames built beforehand, written through a bare asyncio protocol, with as many in
-flight as the relay has, into a stream of the same settings. Run: python benchmarks/drain.py [events]
+flight as the relay has, into a stream of the same settings.
+
+Run: python benchmarks/drain.py [events]
 """
 
 import asyncio
@@ -12,6 +14,7 @@ from uuid import uuid4
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from typing_extensions import override
 
 from outbox.embedded import EmbeddedNats, EmbeddedPostgres
 from outbox.jetstream.client import JetStreamClient
@@ -40,11 +43,13 @@ class Raw(asyncio.Protocol):
         self.changed = asyncio.Event()
         self.transport: asyncio.Transport | None = None
 
+    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - TCP
         self.transport = transport
 
+    @override
     def data_received(self, data: bytes) -> None:
         """Count acks."""
         self.acked += data.count(b'"seq":')
@@ -55,7 +60,7 @@ async def ceiling(url: str, events: int) -> float:
     """Return events per second with frames that were built beforehand."""
     address = urlsplit(url)
     loop = asyncio.get_running_loop()
-    _, protocol = await loop.create_connection(Raw, address.hostname, address.port)
+    _, protocol = await loop.create_connection(Raw, address.hostname or "", address.port or 4222)
     transport = protocol.transport
     assert transport is not None  # noqa: S101 - connected
     transport.write(b'CONNECT {"verbose":false,"headers":true}\r\nSUB _INBOX.raw.* 1\r\n')

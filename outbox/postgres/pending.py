@@ -132,7 +132,11 @@ WITH {fence}, moved AS (
 ) SELECT (SELECT count(*) FROM fence), (SELECT count(*) FROM kept)
 """.replace("{fence}", FENCE)
 NEWEST = "SELECT max(id) FROM {schema}.pending"
-ANY_UP_TO = "SELECT count(*) FROM (SELECT 1 FROM {schema}.pending WHERE id <= $1 LIMIT 10001) AS p"
+COUNT_UP_TO = """
+SELECT count(*) FILTER (WHERE deliver_at IS NULL OR deliver_at <= now()),
+       count(*) FILTER (WHERE deliver_at > now())
+FROM {schema}.pending WHERE id <= $1::int8
+"""
 
 
 async def read(
@@ -223,11 +227,12 @@ async def newest(driver: Driver, schema: str) -> int:
     return 0 if row is None or row[0] is None else int(row[0])
 
 
-async def count_up_to(driver: Driver, schema: str, last: int) -> int:
-    """Return how many rows have an id up to `last`; 10,001 stands for more."""
+async def count_up_to(driver: Driver, schema: str, last: int) -> tuple[int, int]:
+    """Return how many rows have an id up to `last`: those to publish now, and scheduled ones."""
     with translated():
-        row = await driver.fetchrow(raw(schema, ANY_UP_TO), last, timeout=STATEMENT_SECONDS)
-    return 0 if row is None else int(row[0])
+        row = await driver.fetchrow(raw(schema, COUNT_UP_TO), last, timeout=STATEMENT_SECONDS)
+    assert row is not None  # noqa: S101 - an aggregate always has a row
+    return int(row[0]), int(row[1])
 
 
 def _from(sql: str, source: str) -> str:

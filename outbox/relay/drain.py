@@ -56,11 +56,9 @@ class Drain:
         waits = await waiting.counts(driver, self._schema)
         if self._last is None:
             self._last = await pending.newest(driver, self._schema)
-            left = self._total = (
-                await pending.count_up_to(driver, self._schema, self._last) + waits.due
-            )
-        else:
-            left = await pending.count_up_to(driver, self._schema, self._last) + waits.due
+        ready, early = await pending.count_up_to(driver, self._schema, self._last)
+        left = ready + waits.due
+        waits = waits._replace(scheduled=waits.scheduled + early)
         if left != self._left:
             self._left, self._moved_at = left, time.monotonic()
         self._total = max(self._total, left)

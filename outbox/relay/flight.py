@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -46,7 +47,7 @@ class Flight:
     _suffix: dict[int, int] = field(default_factory=dict)
     _event: asyncio.Event = field(default_factory=asyncio.Event)
     _acked_at: float = 0.0
-    _success: bytes = b""
+    _success: Callable[[bytes], "re.Match[bytes] | None"] = lambda _: None
 
     async def run(self) -> None:
         """Send the page and wait until each row is decided, or the broker is out.
@@ -54,7 +55,7 @@ class Flight:
         Raises:
             LaneLost: what was not sent stays unsent.
         """
-        self._success = f'{{"stream":"{self.stream}", "seq":'.encode()
+        self._success = publishing.success(self.stream)
         self._acked_at = asyncio.get_running_loop().time()
         self.inbox.on_ack = self._on_ack
         unsubscribe = self.client.on_change(self._event.set)
@@ -141,9 +142,10 @@ class Flight:
         states = self.page.states
         if not 0 <= index < len(states) or states[index] is not State.SENT:
             return
-        success = self._success
-        if data.startswith(success) and (digits := data[len(success) : -1]).isdigit():
-            self._confirm(index, int(digits), self.stream)
+        success = self._success(data)
+        if success is not None:
+            self.confirmed.append((self.page.rows[index].id, int(success[1]), self.stream))
+            self._decide(index, State.CONFIRMED)
             return
         row = self.page.rows[index]
         if not data:

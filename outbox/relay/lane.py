@@ -36,6 +36,7 @@ SWEEP = timedelta(seconds=30)
 IDLE_FIRST = 0.002
 WAITING_CHECK = 0.5
 REBUILDS_MAX = 2  # with the same page in flight, before its rows are sent one by one
+DISCONNECTS_MAX = 6  # in a row with the same event alone in flight, before it is blamed
 STREAMS_MAX = 1000  # subjects whose stream is remembered
 
 
@@ -310,10 +311,12 @@ class Lane:
             self._suspects = 0
             return
         unknown = flight.page.having(State.UNKNOWN)
-        if not unknown or not self._inbox.closed_for_good:
+        if not unknown or self._inbox.current:
             return
+        # The server may hang up before its error line is read; then it looks like a restart.
         self._suspects += 1
-        if alone and self._suspects > REBUILDS_MAX:
+        limit = REBUILDS_MAX if self._inbox.closed_for_good else DISCONNECTS_MAX
+        if alone and self._suspects > limit:
             flight.page.undecided += 1
             flight.fail(unknown[0], "the server closed the connection on it", counted=True)
 

@@ -1,6 +1,7 @@
 """The relay: holds a lane, or stands by for it."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 LANE = 0  # one lane owns all slots
 UPKEEP = timedelta(minutes=1)
 STANDBY_CHECKS = 10  # per lease
-DRAIN_LOOK = 0.1
+DRAIN_LOOK = 0.05
 
 
 class Relay(Worker):
@@ -89,6 +90,9 @@ class Relay(Worker):
         """
         patience = max(timedelta(seconds=30), QUIET_LEASES * self.settings.lease)
         watch = Drain(self.settings.schema_name, patience)
+        with contextlib.suppress(DatabaseUnavailable):  # the relay waits for it, and tells
+            async with driver.connection(self._engine) as (_, raw):
+                await watch.look(raw, None)
         await self.start()
         try:
             while True:
@@ -254,11 +258,15 @@ class Relay(Worker):
                 upkeep_at = time.monotonic() + UPKEEP.total_seconds()
 
     async def _tend(self, held: AsyncConnection, shared: Driver) -> None:
-        async with self._turn:
-            await upkeep.turn_archive(shared, self.settings)
-        for _ in range(upkeep.PRUNE_ROUNDS):
+        """Do the upkeep; what hinders it (a missing privilege, a lock) does not end the relay."""
+        try:
             async with self._turn:
-                more = await upkeep.prune_inbox(held, self.settings)
-                await self._lease.renew(shared)
-            if not more:
-                break
+                await upkeep.turn_archive(shared, self.settings)
+            for _ in range(upkeep.PRUNE_ROUNDS):
+                async with self._turn:
+                    more = await upkeep.prune_inbox(held, self.settings)
+                    await self._lease.renew(shared)
+                if not more:
+                    break
+        except DatabaseUnavailable as error:
+            logger.warning("the upkeep failed", extra={"reason": str(error)})

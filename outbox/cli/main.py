@@ -1,0 +1,77 @@
+"""`outbox`: the commands that people type."""
+
+import argparse
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+from outbox.cli import dev, logs, options, services, tables
+from outbox.cli.running import finish, report
+from outbox.errors import OutboxError
+from outbox.settings import Settings
+
+Command = Callable[[Settings, argparse.Namespace], Coroutine[Any, Any, int]]
+EXAMPLES = """  outbox migrate                          make or upgrade the tables
+  outbox migrate --sql | psql             the same as a script
+  outbox status --json                    how much is pending, and who relays
+  outbox dev                              PostgreSQL and nats-server until Ctrl-C
+  outbox demo                             killed relays, repeated messages, one effect each
+  outbox listen app.events:SendMail       run a listener and a relay
+  outbox run app.main:workers             run relays and listeners of your own making"""
+_EACH = {
+    "migrate": (tables.migrate, "make or upgrade the tables", "  outbox migrate"),
+    "status": (tables.show, "show how the outbox does", "  outbox status --json"),
+    "dev": (dev.dev, "run both servers until Ctrl-C", "  outbox dev --directory .outbox"),
+    "demo": (dev.demo, "show exactly one effect per event", "  outbox demo"),
+    "listen": (services.listen, "run listener classes", "  outbox listen app.events:SendMail"),
+    "run": (services.run, "run workers of your own making", "  outbox run app.main:workers"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    given = _parser().parse_args(arguments)
+    work: Command = given.work
+    try:
+        settings = options.settings_of(given)
+        logs.configure(settings)
+    except OutboxError as error:
+        return report(error)
+    return finish(work(settings, given))
+
+
+def _parser() -> argparse.ArgumentParser:
+    summary = "Transactional outbox and inbox on PostgreSQL and NATS JetStream."
+    parser = argparse.ArgumentParser(**options.parser("outbox", summary, EXAMPLES))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    made: dict[str, argparse.ArgumentParser] = {}
+    for name, (work, text, example) in _EACH.items():
+        shared = options.parser(f"outbox {name}", text, example)
+        made[name] = commands.add_parser(name, help=text, **shared)
+        made[name].set_defaults(work=work)
+    _add_own(made)
+    for each in made.values():
+        options.add_flags(each)
+    return parser
+
+
+def _add_own(made: dict[str, argparse.ArgumentParser]) -> None:
+    """Add the arguments that only one command has."""
+    made["migrate"].add_argument("--sql", action="store_true", help="print the script, run nothing")
+    made["status"].add_argument("--json", action="store_true", help="print JSON")
+    made["dev"].add_argument(
+        "--directory", type=Path, metavar="PATH", help="keep the data here (default: temporary)"
+    )
+    made["demo"].add_argument(
+        "--events", type=int, default=3000, metavar="N", help="events to add (default: 3000)"
+    )
+    made["listen"].add_argument("objects", nargs="+", metavar="MODULE:CLASS")
+    made["listen"].add_argument(
+        "--no-relay", action="store_true", help="run no relay for what the handlers add"
+    )
+    made["run"].add_argument("object", metavar="MODULE:NAME")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""One attempt: record, handle, prove, commit; then ack. What may go wrong is named here."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from outbox import context
+from outbox.envelope import EventEnvelope
+from outbox.errors import DatabaseUnavailable, HandlerError
+from outbox.listener.guard import Guard, TransactionBroken, TransactionEscaped
+from outbox.postgres import attempts, inbox
+from outbox.telemetry import Moment, Observer, Step
+from outbox.writer import write_buffered
+
+logger = logging.getLogger(__name__)
+
+# serialization_failure, deadlock_detected, lock_not_available: nobody's failure, repeated at once
+CONTENTION = frozenset({"40001", "40P01", "55P03"})
+CONTENTION_REPEATS = 5
+# connection lost, server shutting down or starting, too many connections
+_OUTAGE_CLASSES = ("08", "57P", "53")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """An event in hand, parsed, with its inbox key."""
+
+    event: EventEnvelope[Any]
+    key: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """How one listener runs its handler on events, in one transaction each time."""
+
+    sessionmaker: async_sessionmaker[AsyncSession]
+    schema: str
+    listener: str
+    service: str
+    timeout: timedelta
+    observer: Observer
+
+    async def run(
+        self,
+        works: Sequence[Work],
+        handle: Callable[[AsyncSession, Sequence[Work]], Awaitable[None]],
+        *,
+        marked: bool,
+    ) -> int:
+        """Commit the effect of `handle` on those events that are new; return how many were.
+
+        Args:
+            works: events; more than one only for a batch.
+            handle: called with the new ones, inside the transaction.
+            marked: an attempt row exists, and is deleted in the same transaction.
+
+        Raises:
+            TransactionEscaped: the handler ended the transaction by SQL.
+            DatabaseUnavailable: nobody's failure.
+            Exception: whatever the handler raised; nothing was committed.
+        """
+        for repeat in range(CONTENTION_REPEATS + 1):
+            try:
+                return await self._once(works, handle, marked=marked)
+            except DBAPIError as error:
+                if is_outage(error):
+                    raise DatabaseUnavailable(type(error.orig).__name__) from error
+                if sqlstate(error) not in CONTENTION or repeat == CONTENTION_REPEATS:
+                    raise
+        raise AssertionError  # the loop always ends by return or raise
+
+    async def _once(
+        self,
+        works: Sequence[Work],
+        handle: Callable[[AsyncSession, Sequence[Work]], Awaitable[None]],
+        *,
+        marked: bool,
+    ) -> int:
+        async with self.sessionmaker() as session:
+            try:
+                new, xid = await self._record(session, works)
+            except (OSError, PoolTimeout) as error:  # what the handler raises of these is its own
+                raise DatabaseUnavailable(type(error).__name__) from error
+            if xid is None:
+                return 0
+            connection = (await session.connection()).sync_connection
+            assert connection is not None  # noqa: S101 - the transaction is open on it
+            with Guard(session, connection, xid) as guard:
+                await self._handle(session, new, handle, guard)
+                await session.flush()
+                if marked:
+                    for work in new:
+                        await attempts.forget(
+                            session, self.schema, listener=self.listener, event_id=work.key
+                        )
+                await session.run_sync(write_buffered)
+                self._tell(Step.FLUSHED, new)
+                guard.release()
+                await session.commit()
+            self._tell(Step.COMMITTED, new)
+            return len(new)
+
+    async def _record(
+        self, session: AsyncSession, works: Sequence[Work]
+    ) -> tuple[list[Work], str | None]:
+        await _begin(session)
+        if len(works) == 1:
+            xid = await inbox.record(
+                session, self.schema, listener=self.listener, event_id=works[0].key
+            )
+            new = list(works) if xid is not None else []
+        else:
+            ids, xid = await inbox.record_many(
+                session,
+                self.schema,
+                listener=self.listener,
+                event_ids=[work.key for work in works],
+            )
+            new = _first_of_each(works, ids)
+        if new:
+            self._tell(Step.RECORDED, new)
+        return new, xid
+
+    async def _handle(
+        self,
+        session: AsyncSession,
+        new: Sequence[Work],
+        handle: Callable[[AsyncSession, Sequence[Work]], Awaitable[None]],
+        guard: Guard,
+    ) -> None:
+        event = new[0].event
+        running = context.Running(event.event_id, event.correlation_id, self.service)
+        token = context.running.set(running)
+        clock = asyncio.timeout(self.timeout.total_seconds())
+        try:
+            async with clock:
+                await handle(session, new)
+            await guard.check(self.schema)
+        except TransactionEscaped:
+            raise
+        except Exception as error:
+            await self._look_for_escape(guard)
+            reason = self._breach(error, timed_out=clock.expired())
+            if reason is None:
+                raise
+            raise HandlerError(self.listener, event.event_id, reason) from error
+        finally:
+            context.running.reset(token)
+        self._tell(Step.HANDLED, new)
+
+    def _breach(self, error: Exception, *, timed_out: bool) -> str | None:
+        """Return how the handler broke its contract, None when it merely raised."""
+        if isinstance(error, TimeoutError) and timed_out:
+            return f"timed out after {self.timeout.total_seconds():g} s"
+        return str(error) if isinstance(error, TransactionBroken) else None
+
+    async def _look_for_escape(self, guard: Guard) -> None:
+        """Raise TransactionEscaped when a failed handler had ended the transaction by SQL."""
+        try:
+            await guard.check(self.schema)
+        except TransactionEscaped:
+            raise
+        except Exception as error:  # noqa: BLE001 - the handler's own error says more
+            logger.debug("the transaction is over", extra={"error_type": type(error).__name__})
+
+    def _tell(self, step: Step, works: Sequence[Work]) -> None:
+        one = works[0].event if len(works) == 1 else None
+        self.observer.on_step(
+            Moment(
+                step,
+                self.listener,
+                count=len(works),
+                event_id=one.event_id if one else None,
+                subject=one.event_type if one else None,
+                attempt=one.delivery.attempt if one else None,
+                sequence=one.delivery.sequence if one else None,
+            )
+        )
+
+
+async def _begin(session: AsyncSession) -> None:
+    """Begin in READ COMMITTED, where a duplicate waits for the first and then is known."""
+    if isinstance(session.sync_session.get_bind(), Engine):
+        _ = await session.connection(execution_options={"isolation_level": "READ COMMITTED"})
+
+
+def _first_of_each(works: Sequence[Work], ids: set[UUID]) -> list[Work]:
+    """Return the works of `ids`; of two copies of one event in a batch only the first."""
+    left = set(ids)
+    new: list[Work] = []
+    for work in works:
+        if work.key in left:
+            left.discard(work.key)
+            new.append(work)
+    return new
+
+
+def sqlstate(error: DBAPIError) -> str:
+    """Return the five characters that PostgreSQL answered, or nothing."""
+    return str(getattr(error.orig, "sqlstate", None) or "")
+
+
+def is_outage(error: BaseException) -> bool:
+    """Return True for what the database does to everybody, not to this event."""
+    if isinstance(error, DBAPIError):
+        return error.connection_invalidated or sqlstate(error).startswith(_OUTAGE_CLASSES)
+    return isinstance(error, OSError | DatabaseUnavailable)

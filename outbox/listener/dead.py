@@ -1,0 +1,141 @@
+"""Giving up an event: inbox row, dead letter and a `dlq.` event, in one transaction."""
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import sha256
+from uuid import UUID, uuid5
+
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from outbox.envelope import encode, encode_headers
+from outbox.jetstream import provisioning
+from outbox.jetstream.client import JetStreamClient
+from outbox.jetstream.pulling import Message
+from outbox.postgres import attempts, dead_letters, inbox
+from outbox.postgres.dead_letters import DeadLetter
+from outbox.subjects import dead_letter_subject
+from outbox.writer import PendingEvent, enqueue
+
+BODY_BYTES_MAX = 64 * 1024  # of the original, in the `dlq.` event; the row keeps all
+_NAMESPACE = UUID("7c0e5b6a-57a4-5d1f-9a62-0f6f4f0d5a11")
+_DEAD_LETTER = "dlq."
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """Why and what a listener gives up."""
+
+    message: Message
+    key: UUID  # of the inbox
+    event_text: str | None
+    event_key: str | None
+    reason: str
+    error: str
+    attempts: int
+    created_at: datetime | None = None
+    correlation_id: str | None = None
+    discarded: bool = False
+    override: bool = False  # the handler had committed the inbox row by itself
+
+
+@dataclass(slots=True)
+class Undertaker:
+    """Gives up events of one listener."""
+
+    client: JetStreamClient
+    sessionmaker: async_sessionmaker[AsyncSession]
+    schema: str
+    listener: str
+    service: str
+    _captured: dict[str, bool]
+
+    async def bury(self, given: GivenUp) -> bool:
+        """Commit everything that giving up means; return False when that was done before.
+
+        Raises:
+            BrokerUnavailable: nobody could tell whether a stream takes the `dlq.` subject.
+            sqlalchemy.exc.DBAPIError: the database refused; nothing was written.
+        """
+        subject = await self._dead_letter_subject(given.message.subject)
+        async with self.sessionmaker() as session, session.begin():
+            if not await inbox.close(
+                session,
+                self.schema,
+                listener=self.listener,
+                event_id=given.key,
+                outcome="discarded" if given.discarded else "dead",
+                override=given.override,
+            ):
+                return False
+            await attempts.forget(session, self.schema, listener=self.listener, event_id=given.key)
+            number = await dead_letters.insert(session, self.schema, self._letter(given))
+            if subject is not None and not given.discarded:
+                event = self._event(given, subject, number)
+                enqueue(session, event, schema=self.schema)
+        return True
+
+    async def _dead_letter_subject(self, subject: str) -> str | None:
+        """Return the `dlq.` subject if a stream takes it: 503 would keep the event for ever."""
+        if subject.startswith(_DEAD_LETTER):
+            return None
+        target = dead_letter_subject(subject)
+        if target not in self._captured:
+            streams = await provisioning.streams_for(self.client, target)
+            self._captured[target] = bool(streams)
+        return target if self._captured[target] else None
+
+    def _letter(self, given: GivenUp) -> DeadLetter:
+        message = given.message
+        return DeadLetter(
+            listener=self.listener,
+            event_id=given.key,
+            event_text=given.event_text,
+            subject=message.subject,
+            key=given.event_key,
+            headers=_header_bytes(message.headers),
+            body=message.body,
+            stream=message.stream,
+            sequence=message.sequence,
+            reason=given.reason,
+            error=given.error,
+            attempts=given.attempts,
+            created_at=given.created_at,
+            discarded=given.discarded,
+        )
+
+    def _event(self, given: GivenUp, subject: str, number: int) -> PendingEvent:
+        event_id = uuid5(_NAMESPACE, f"{self.listener}/{given.key}")
+        body = given.message.body
+        facts = {
+            "dead_letter_id": number,
+            "listener": self.listener,
+            "original_subject": given.message.subject,
+            "original_event_id": given.event_text or str(given.key),
+            "stream": given.message.stream,
+            "sequence": given.message.sequence,
+            "reason": given.reason,
+            "error": dead_letters.printable(given.error)[:1000],
+            "attempts": given.attempts,
+            "original_bytes": len(body),
+            "original_sha256": sha256(body).hexdigest(),
+            "original_base64": base64.b64encode(body[:BODY_BYTES_MAX]).decode(),
+        }
+        correlation = given.correlation_id or str(event_id)
+        finished = encode(
+            event_id=str(event_id),
+            subject=subject,
+            correlation_id=correlation,
+            source_service=self.service,
+            data=json.dumps(facts).encode(),
+            metadata=json.dumps({"causation_id": given.event_text or str(given.key)}).encode(),
+        )
+        headers = encode_headers({"Outbox-Original-Subject": ascii(given.message.subject)[1:-1]})
+        return PendingEvent(event_id, None, subject, headers, finished, None)
+
+
+def _header_bytes(headers: Mapping[str, str]) -> bytes:
+    lines = (f"{name}: {value}\r\n" for name, value in headers.items())
+    return "".join(lines).encode("utf-8", "surrogatepass")

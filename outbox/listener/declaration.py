@@ -1,0 +1,110 @@
+"""What a listener class declares, checked when the class is made."""
+
+import re
+import types
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, TypeVar, get_args, get_origin
+
+from pydantic import TypeAdapter
+
+_GROUP = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_TOKEN = r"(?:[A-Za-z0-9_-]+|\*)"  # noqa: S105 - of a subject
+_PATTERN = re.compile(rf"{_TOKEN}(?:\.{_TOKEN})*(?:\.>)?|>")
+_TEXTS = frozenset({"subject", "queue_group", "service_name", "stream_name"})
+_DURATIONS = frozenset({"timeout", "ack_wait"})
+_COUNTS = frozenset({"max_attempts", "max_deliver", "concurrency", "batch_size"})
+_REQUIRED = ("subject", "queue_group")
+_ANNOTATION_ONLY = frozenset({"on_dead"})
+
+
+def check(cls: type, *, handler: str) -> None:
+    """Check the public attributes of `cls`, and that it declares all if it has a `handler`.
+
+    Names with a leading underscore, callables and descriptors are free.
+
+    Raises:
+        TypeError: one is missing, unknown or ill-typed; names the class and the attribute.
+    """
+    for name, value in list(vars(cls).items()):
+        if name.startswith("_") or callable(value) or hasattr(value, "__get__"):
+            continue
+        _check_one(cls, name, value)
+    if "max_deliver" in vars(cls):
+        setattr(cls, "max_attempts", cls.max_deliver)  # type: ignore[attr-defined]  # noqa: B010
+    for name in _DURATIONS & vars(cls).keys():
+        setattr(cls, name, duration(getattr(cls, name)))
+    if not any(handler in vars(base) for base in cls.__mro__[: _depth(cls, handler)]):
+        return
+    for name in _REQUIRED:
+        if not getattr(cls, name, ""):
+            raise TypeError(f"{cls.__name__}.{name} is missing: a listener needs it")
+
+
+def _depth(cls: type, handler: str) -> int:
+    """Return how many classes come before the library's own, which defines `handler` too."""
+    owners = [i for i, base in enumerate(cls.__mro__) if handler in vars(base)]
+    return owners[-1] if owners else 0
+
+
+def _check_one(cls: type, name: str, value: object) -> None:
+    where = f"{cls.__name__}.{name}"
+    if name in _TEXTS:
+        _check_text(where, name, value)
+    elif name in _DURATIONS:
+        _check_duration(where, value)
+    elif name in _COUNTS:
+        if type(value) is not int or value < 1:
+            raise TypeError(f"{where} must be a whole number from 1, not {value!r}")
+    elif name == "ordered":
+        if value is True:
+            raise TypeError(f"{where}: ordered listeners are not available in this version")
+        if value is not False:
+            raise TypeError(f"{where} must be True or False, not {value!r}")
+    else:
+        known = ", ".join(sorted(_TEXTS | _DURATIONS | _COUNTS | {"ordered"}))
+        raise TypeError(
+            f"{where} is not an attribute of listeners ({known}); "
+            "begin the name with an underscore to keep your own"
+        )
+
+
+def _check_text(where: str, name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{where} must be a str, not {type(value).__name__}")
+    pattern = _PATTERN if name == "subject" else _GROUP
+    if not pattern.fullmatch(value):
+        raise TypeError(f"{where} = {value!r} must match {pattern.pattern}")
+
+
+def _check_duration(where: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | timedelta):
+        raise TypeError(f"{where} must be a timedelta or seconds, not {type(value).__name__}")
+    if duration(value) <= timedelta(0):
+        raise TypeError(f"{where} must be above 0 seconds")
+
+
+def duration(value: timedelta | float) -> timedelta:
+    """Return a timedelta; a number is seconds."""
+    return value if isinstance(value, timedelta) else timedelta(seconds=value)
+
+
+def payload_adapter(cls: type, generic: type) -> TypeAdapter[Any] | None:
+    """Return what validates the payload of `class C(generic[Payload])`; None for plain data."""
+    for base in cls.__mro__:
+        for declared in getattr(base, "__orig_bases__", ()):
+            origin = get_origin(declared)
+            if not (isinstance(origin, type) and issubclass(origin, generic)):
+                continue
+            (payload,) = get_args(declared) or (None,)
+            if payload is None or isinstance(payload, TypeVar) or _is_plain(payload):
+                continue
+            return TypeAdapter(payload)
+    return None
+
+
+def _is_plain(payload: object) -> bool:
+    origin = get_origin(payload) or payload
+    if isinstance(origin, types.UnionType) or not isinstance(origin, type):
+        return False
+    return issubclass(origin, Mapping)

@@ -1,0 +1,115 @@
+"""The inbox: what each listener has finished with, recorded in the transaction of the effect."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+
+from outbox.postgres.tables import statement
+
+# A transaction whose commit is followed by an ack must be on disk, so it raises synchronous_commit
+# for itself. The bare ON CONFLICT and RETURNING of a function need the INSERT privilege alone. A
+# second INSERT of the same key waits for the first transaction to end.
+_SYNCHRONOUS = """(SELECT CASE WHEN current_setting('synchronous_commit') = 'off'
+        THEN set_config('synchronous_commit', 'on', true) ELSE '' END) IS NOT NULL"""
+RECORD = f"""
+INSERT INTO {{schema}}.inbox (listener, event_id)
+SELECT CAST(:listener AS text), CAST(:event_id AS uuid) WHERE {_SYNCHRONOUS}
+ON CONFLICT DO NOTHING RETURNING CAST(pg_current_xact_id() AS text)
+"""
+RECORD_MANY = f"""
+INSERT INTO {{schema}}.inbox (listener, event_id)
+SELECT CAST(:listener AS text), e FROM unnest(CAST(:event_ids AS uuid[])) AS e
+WHERE {_SYNCHRONOUS} ORDER BY e
+ON CONFLICT DO NOTHING RETURNING event_id, CAST(pg_current_xact_id() AS text)
+"""  # noqa: S608 - no value is built in
+CURRENT = "SELECT CAST(pg_current_xact_id_if_assigned() AS text)"
+# `override` closes an event whose inbox row a handler committed on its own.
+CLOSE = f"""
+INSERT INTO {{schema}}.inbox AS i (listener, event_id, outcome)
+SELECT CAST(:listener AS text), CAST(:event_id AS uuid), CAST(:outcome AS text)
+WHERE {_SYNCHRONOUS}
+ON CONFLICT (listener, event_id) DO UPDATE SET outcome = excluded.outcome, processed_at = now()
+  WHERE i.outcome = 'handled' AND CAST(:override AS boolean)
+RETURNING true
+"""
+PRUNE = """
+DELETE FROM {schema}.inbox WHERE ctid = ANY(ARRAY(
+  SELECT ctid FROM {schema}.inbox
+  WHERE processed_at < now() - CAST(:older_than AS interval) LIMIT CAST(:limit AS int)
+))
+"""
+
+
+async def record(
+    session: AsyncSession, schema: str, *, listener: str, event_id: UUID
+) -> str | None:
+    """Record an event as handled by `listener`; return the transaction's xid, None if known.
+
+    It waits while another transaction that records the same event is open.
+    """
+    found = await session.execute(
+        statement(schema, RECORD), {"listener": listener, "event_id": event_id}
+    )
+    xid: str | None = found.scalar_one_or_none()
+    return xid
+
+
+async def record_many(
+    session: AsyncSession, schema: str, *, listener: str, event_ids: Sequence[UUID]
+) -> tuple[set[UUID], str | None]:
+    """Record events, in sorted order so that two batches cannot deadlock.
+
+    Returns:
+        The ids that were new, and the transaction's xid, None when no id was.
+    """
+    rows = (
+        await session.execute(
+            statement(schema, RECORD_MANY),
+            {"listener": listener, "event_ids": sorted(event_ids)},
+        )
+    ).all()
+    return {row[0] for row in rows}, (rows[0][1] if rows else None)
+
+
+async def current_xid(session: AsyncSession, schema: str) -> str | None:
+    """Return the xid of the running transaction, None when it has none.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: 25P02 when a statement of the transaction had failed before.
+    """
+    xid: str | None = (await session.execute(statement(schema, CURRENT))).scalar_one_or_none()
+    return xid
+
+
+async def close(
+    session: AsyncSession,
+    schema: str,
+    *,
+    listener: str,
+    event_id: UUID,
+    outcome: str,
+    override: bool,
+) -> bool:
+    """Record that `listener` is done with an event that it did not handle; False if it was."""
+    found = await session.execute(
+        statement(schema, CLOSE),
+        {
+            "listener": listener,
+            "event_id": event_id,
+            "outcome": outcome,
+            "override": override,
+        },
+    )
+    return found.scalar_one_or_none() is not None
+
+
+async def prune(
+    connection: AsyncConnection, schema: str, *, older_than: timedelta, limit: int
+) -> int:
+    """Delete up to `limit` rows older than `older_than`; return how many were."""
+    found = await connection.execute(
+        statement(schema, PRUNE), {"older_than": older_than, "limit": limit}
+    )
+    return found.rowcount
