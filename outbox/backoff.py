@@ -7,7 +7,7 @@ from datetime import timedelta
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """Exponential delays with jitter, bounded: attempt 1 waits about `first`, each next twice it."""
+    """Exponential delays with jitter: the first is about `first`, each next about twice it."""
 
     first: timedelta = timedelta(seconds=0.5)
     longest: timedelta = timedelta(minutes=5)

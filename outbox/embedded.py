@@ -62,6 +62,11 @@ os.execv(sys.argv[5], sys.argv[5:])
 """
 
 
+def bound(command: Sequence[str]) -> list[str]:
+    """Return `command` wrapped so that on Linux it is killed when the calling thread ends."""
+    return _launcher((-1, -1), signal.SIGKILL, command)
+
+
 class _Server:
     """One child process with a directory, a port and a log; what both servers share."""
 

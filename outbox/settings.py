@@ -9,8 +9,14 @@ import re
 from datetime import timedelta
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
-from pydantic import model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -115,7 +121,7 @@ class Settings(BaseSettings):
     metrics_port: int | None = Field(None, ge=1, le=65_535, description="port of /metrics")
 
     @classmethod
-    def defaults(cls, **overrides: Any) -> "Settings":  # noqa: ANN401 - any field's type
+    def defaults(cls, **overrides: Any) -> "Settings":
         """Return the defaults with `overrides`; the environment is not read.
 
         Raises:
@@ -124,7 +130,7 @@ class Settings(BaseSettings):
         return _build(_Defaults, overrides)
 
     @classmethod
-    def from_environment(cls, **overrides: Any) -> "Settings":  # noqa: ANN401 - any field's type
+    def from_environment(cls, **overrides: Any) -> "Settings":
         """Return the settings of `OUTBOX_*` variables; overrides that are not None win.
 
         Raises:
@@ -195,7 +201,7 @@ def _build(kind: type[Settings], values: dict[str, Any]) -> Settings:
         raise ConfigurationError(problems) from None  # the original would show the values
 
 
-def _sentence(found: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
+def _sentence(found: Any) -> str:
     names = {name: variable for variable, name in variables().items()}
     field = str(found["loc"][0]) if found["loc"] else ""
     message = str(found["msg"]).removeprefix("Value error, ")

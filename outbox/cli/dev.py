@@ -2,16 +2,20 @@
 
 import argparse
 import contextlib
+import logging
 from pathlib import Path
 
 from outbox.cli import options
 from outbox.cli.stopping import signals
 from outbox.demo.show import show
 from outbox.embedded import EmbeddedNats, EmbeddedPostgres
+from outbox.errors import ConfigurationError
 from outbox.jetstream.client import JetStreamClient
 from outbox.jetstream.provisioning import ensure_stream
 from outbox.postgres import schema
 from outbox.settings import Settings
+
+EVENTS_MIN = 500  # fewer are published before the relay can be killed amid work
 
 
 async def dev(settings: Settings, given: argparse.Namespace) -> int:
@@ -41,6 +45,9 @@ async def dev(settings: Settings, given: argparse.Namespace) -> int:
 async def demo(settings: Settings, given: argparse.Namespace) -> int:
     """Show that killed relays and repeated messages leave every effect exactly once."""
     del settings
+    if given.events < EVENTS_MIN:
+        raise ConfigurationError(f"--events must be at least {EVENTS_MIN}")
+    logging.getLogger().setLevel(logging.ERROR)  # its own lines tell the story
     with signals() as asked:
         return await show(asked, events=given.events)
 

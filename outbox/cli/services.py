@@ -88,7 +88,7 @@ def _workers(made: object, name: str) -> list[Worker]:
     return workers
 
 
-def _found(name: str) -> Any:  # noqa: ANN401 - whatever the application has there
+def _found(name: str) -> Any:
     """Return the object of `module:object`; the working directory is searched too."""
     module, colon, path = name.partition(":")
     if not (module and colon and path):

@@ -38,7 +38,7 @@ async def die_at(database_url: str, nats_url: str, step: Step, nth: int) -> None
 @pytest.mark.parametrize(
     "step", [Step.READ, Step.SENT, Step.CONFIRMED, Step.SETTLING, Step.SETTLED]
 )
-async def test_crash_at_any_step_loses_nothing_and_stores_each_event_once(  # noqa: PLR0917
+async def test_crash_at_any_step_loses_nothing_and_stores_each_event_once(
     engine: AsyncEngine,
     database_url: str,
     js_client: JetStreamClient,

@@ -56,9 +56,7 @@ class Effect(Listener):
 
     @override
     async def on_message(self, session: AsyncSession, event: EventEnvelope) -> None:
-        await session.execute(
-            text("INSERT INTO effect VALUES (:id)"), {"id": event.event_id}
-        )
+        await session.execute(text("INSERT INTO effect VALUES (:id)"), {"id": event.event_id})
         if self._behave is not None:
             await self._behave(session, event)
 
@@ -388,7 +386,7 @@ async def test_a_transaction_ended_by_sql_is_a_dead_letter_never_a_redelivery(
     engine: AsyncEngine,
     sessionmaker: Sessions,
     sql: str,
-    then_raise: bool,  # noqa: FBT001 - a parameter of the test
+    then_raise: bool,
 ) -> None:
     """A redelivery would be taken for a duplicate and the rest of the handler be lost."""
 
@@ -403,9 +401,7 @@ async def test_a_transaction_ended_by_sql_is_a_dead_letter_never_a_redelivery(
     async with listener:
         await publish(js_client, envelope())
         await watch.until(Step.ACKED)
-    assert await rows(engine, "SELECT reason FROM outbox.dead_letter") == [
-        ("handler_transaction",)
-    ]
+    assert await rows(engine, "SELECT reason FROM outbox.dead_letter") == [("handler_transaction",)]
     assert await rows(engine, "SELECT outcome FROM outbox.inbox") == [("dead",)]
 
 
@@ -562,9 +558,7 @@ class Counted(BatchListener):
     async def on_batch(self, session: AsyncSession, events: Any) -> None:
         self._sizes.append(len(events))
         for event in events:
-            await session.execute(
-                text("INSERT INTO effect VALUES (:id)"), {"id": event.event_id}
-            )
+            await session.execute(text("INSERT INTO effect VALUES (:id)"), {"id": event.event_id})
             if event.data.get("poison"):
                 raise ValueError("poison")
 

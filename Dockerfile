@@ -1,0 +1,8 @@
+FROM python:3.13-slim
+WORKDIR /app
+COPY pyproject.toml README.md LICENSE ./
+COPY migrations migrations
+COPY outbox outbox
+RUN pip install --no-cache-dir .
+USER nobody
+CMD ["outbox-relay"]
