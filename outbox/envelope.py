@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import time
 from collections.abc import Mapping
@@ -83,6 +84,10 @@ class MalformedMessage(OutboxError):  # noqa: N818 - named like what it is about
 # ---- ids -------------------------------------------------------------------------------------
 
 _tick = 0
+# Ids must be unique, not secret. A generator of our own, which `random.seed` does not reach, seeded
+# by the system, and again in each forked child.
+_random = random.Random()  # noqa: S311 - see above
+os.register_at_fork(after_in_child=_random.seed)
 
 
 def uuid7_text() -> str:
@@ -92,11 +97,10 @@ def uuid7_text() -> str:
     """
     global _tick  # noqa: PLW0603 - one counter for the process
     tick = _tick = max((time.time_ns() // 1_000_000) << 12, _tick + 1)
-    tail = os.urandom(8).hex()
-    variant = "89ab"[int(tail[0], 16) & 3]
+    tail = _random.getrandbits(62)
     return (
         f"{tick >> 28:08x}-{tick >> 12 & 0xFFFF:04x}-7{tick & 0xFFF:03x}"
-        f"-{variant}{tail[1:4]}-{tail[4:]}"
+        f"-{0x8000 | tail >> 48:04x}-{tail & 0xFFFFFFFFFFFF:012x}"
     )
 
 

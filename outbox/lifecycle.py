@@ -1,10 +1,13 @@
 """One life for relay and listener: run, start and stop, or a block that they run beside."""
 
 import asyncio
+import logging
 from abc import ABC, abstractmethod
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
+
+logger = logging.getLogger(__name__)
 
 
 class Worker(ABC):
@@ -22,6 +25,8 @@ class Worker(ABC):
         self._task: asyncio.Task[None] | None = None
         self._block: asyncio.Task[object] | None = None
         self._failure: BaseException | None = None
+        self._cancelled_before = 0
+        self._awaited = False  # `run` waits for the end, and raises what ended it
 
     @abstractmethod
     async def _live(self) -> None:
@@ -35,19 +40,22 @@ class Worker(ABC):
     async def run(self) -> None:
         """Work until stopped; raise the error that ended the work for good.
 
-        Cancelling the caller is a hard stop.
+        Cancelling the caller is a hard stop: it returns once the work has been cancelled too.
 
         Raises:
             ConfigurationError: at the start, when settings, schema or broker do not fit.
+            RuntimeError: it runs already.
         """
         await self.start()
-        assert self._task is not None  # noqa: S101 - start has just set it
+        task = self._task
+        assert task is not None  # noqa: S101 - start has just set it
+        self._awaited = True
         try:
-            await asyncio.shield(self._task)
-        except asyncio.CancelledError:
-            if not self._task.done():
-                await self.stop(grace=timedelta(0))
-            raise
+            await _ended_or_cancelled(task)
+        finally:
+            self._awaited = False
+            self._forget(task)
+        _raise_failure(task)
 
     async def start(self) -> None:
         """Begin to work beside the caller; errors are raised by `run`, `stop` or the block.
@@ -74,18 +82,18 @@ class Worker(ABC):
         self.stopping.set()
         wait = self.grace if grace is None else grace
         seconds = wait.total_seconds() if isinstance(wait, timedelta) else wait
-        if seconds > 0:
-            await asyncio.wait({task}, timeout=seconds)
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-        self._task = None
-        if not task.cancelled() and (error := task.exception()) is not None:
-            raise error
+        try:
+            await _ended_or_cancelled(task, max(seconds, 0))
+            task.cancel()  # does nothing when it has ended
+            await _ended_or_cancelled(task)
+        finally:
+            self._forget(task)
+        _raise_failure(task)
 
     async def __aenter__(self) -> Self:
         await self.start()
         self._block = asyncio.current_task()
+        self._cancelled_before = 0 if self._block is None else self._block.cancelling()
         return self
 
     async def __aexit__(
@@ -95,20 +103,31 @@ class Worker(ABC):
         traceback: TracebackType | None,
     ) -> None:
         block, self._block = self._block, None
-        if self._failure is not None and block is not None:
-            if kind is not None and issubclass(kind, asyncio.CancelledError):
-                block.uncancel()
+        failure, self._failure = self._failure, None
+        if failure is None or block is None:
+            await self.stop()
+            return
+        self._task = None
+        if block.uncancel() > self._cancelled_before:
+            # Somebody else has cancelled the block as well, and waits for it to end so.
+            logger.error("%s failed in a cancelled block", self.name, exc_info=failure)
+            return
+        raise failure
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        if self._task is task:  # not when it was started again meanwhile
             self._task = None
-            raise self._failure
-        await self.stop()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Cancel the block when the work failed while the block still runs."""
-        if task.cancelled() or task.exception() is None:
+        if task.cancelled() or (failure := task.exception()) is None:
             return
         if self._block is not None:
-            self._failure = task.exception()
+            self._failure = failure
             self._block.cancel()
+        elif not self._awaited and not self.stopping.is_set():
+            # After a bare `start` nobody may look for a long time; `stop` raises it then.
+            logger.error("%s has failed for good", self.name, exc_info=failure)
 
     async def pause(self, delay: timedelta | float) -> bool:
         """Sleep for `delay`, cut short by a stop; return True when stopping."""
@@ -119,3 +138,20 @@ class Worker(ABC):
         except TimeoutError:
             return False
         return True
+
+
+async def _ended_or_cancelled(task: asyncio.Task[None], seconds: float | None = None) -> None:
+    """Return once `task` has ended or `seconds` are over; cancelled, take the task along."""
+    if seconds == 0:
+        return
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.wait({task})
+        raise
+
+
+def _raise_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        raise error

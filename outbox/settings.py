@@ -6,6 +6,7 @@
 import difflib
 import os
 import re
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Annotated, Any, Self
 
@@ -23,11 +24,13 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
+from typing_extensions import override
 
 from outbox.errors import ConfigurationError
 
 PREFIX = "OUTBOX_"
 SCHEMA_PATTERN = re.compile(r"[a-z_][a-z0-9_]{0,47}")
+_USERINFO = re.compile(r"(?://|^)[^/]*@")
 ARCHIVE_DAYS_MAX = 30  # the archive's ring has 32 days: today, and one being emptied
 
 
@@ -139,6 +142,13 @@ class Settings(BaseSettings):
         _refuse_unknown_variables()
         return _build(Settings, {k: v for k, v in overrides.items() if v is not None})
 
+    @override
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """Return what `repr` shows; NATS URLs may carry a password or token before the `@`."""
+        for name, value in super().__repr_args__():
+            masked = tuple(_USERINFO.sub("//***@", url) for url in self.nats_url)
+            yield name, masked if name == "nats_url" else value
+
     @field_validator("schema_name")
     @classmethod
     def _check_schema(cls, value: str) -> str:
@@ -173,6 +183,8 @@ class _Defaults(Settings):
     """Settings that come from their arguments alone."""
 
     @classmethod
+    @override
+    @override
     def settings_customise_sources(
         cls,
         settings_cls: type[BaseSettings],

@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+from sqlalchemy import MetaData
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from outbox.demo.children import Child
@@ -109,13 +110,8 @@ async def _set_up(stack: contextlib.AsyncExitStack, events: int) -> Stage:
     print("starting PostgreSQL and nats-server", flush=True)
     postgres = stack.enter_context(EmbeddedPostgres())
     nats = stack.enter_context(EmbeddedNats())
-    engines = []
-    for name, tables in (("shop", SHOP), ("mail", MAIL)):
-        engine = create_async_engine(postgres.create_database(name))
-        stack.push_async_callback(engine.dispose)
-        await schema.upgrade(engine)
-        await create(engine, tables)
-        engines.append(engine)
+    shop_db = await _database(stack, postgres.create_database("shop"), SHOP)
+    mail_db = await _database(stack, postgres.create_database("mail"), MAIL)
     client = await stack.enter_async_context(JetStreamClient(nats.url, name="outbox-demo"))
     await ensure_stream(client, STREAM, SUBJECTS)
     shop = {"OUTBOX_DATABASE_URL": postgres.database_url("shop"), "OUTBOX_NATS_URL": nats.url}
@@ -123,11 +119,21 @@ async def _set_up(stack: contextlib.AsyncExitStack, events: int) -> Stage:
     return Stage(
         events,
         client,
-        *engines,
+        shop_db,
+        mail_db,
         shop=Child("outbox.demo.shop", str(events), settings=shop),
         relay=Child("outbox.cli.relay", settings=shop | RELAY),
         mailer=Child("outbox.demo.mailer", settings=mail),
     )
+
+
+async def _database(stack: contextlib.AsyncExitStack, url: str, tables: MetaData) -> AsyncEngine:
+    """Make the tables of a service; return the engine, which the stack disposes of."""
+    engine = create_async_engine(url)
+    stack.push_async_callback(engine.dispose)
+    await schema.upgrade(engine)
+    await create(engine, tables)
+    return engine
 
 
 async def _kill(stage: Stage, number: int, share: float) -> None:

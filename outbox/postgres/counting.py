@@ -18,7 +18,7 @@ SELECT count(*), CAST(extract(epoch FROM clock_timestamp() - min(created_at)) AS
   UNION ALL
   (SELECT created_at FROM {schema}.waiting
    WHERE NOT (reason = 'scheduled' AND due_at > now()) ORDER BY id LIMIT CAST(:limit AS int8))
-) AS some
+) AS chosen
 """
 SCHEDULED = """
 SELECT count(*) FROM (
@@ -26,14 +26,14 @@ SELECT count(*) FROM (
   UNION ALL
   (SELECT 1 FROM {schema}.waiting
    WHERE reason = 'scheduled' AND due_at > now() LIMIT CAST(:limit AS int8))
-) AS some
+) AS chosen
 """
 PUBLISHED = "SELECT count(*) FROM (SELECT 1 FROM {schema}.archive LIMIT CAST(:limit AS int8)) AS s"
 INBOX = "SELECT count(*) FROM (SELECT 1 FROM {schema}.inbox LIMIT CAST(:limit AS int8)) AS s"
 DEAD_LETTERS = """
 SELECT count(*) FROM (
   SELECT 1 FROM {schema}.dead_letter WHERE state = 'open' LIMIT CAST(:limit AS int8)
-) AS some
+) AS chosen
 """
 # Of the table, or of its partitions; -1 stands for a table that was never analysed.
 ESTIMATE = """

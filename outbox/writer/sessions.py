@@ -39,15 +39,15 @@ def open_share(
     Raises:
         InvalidSession: the session is closed, failed, has no or the wrong bind, or AUTOCOMMIT.
     """
-    transaction = session.get_nested_transaction() or session.get_transaction()
-    if transaction is None:
-        transaction = _begin(session)
+    root = session.get_transaction()
+    transaction = session.get_nested_transaction() or root
+    if transaction is None or root is None:
+        root = transaction = _begin(session)
     if not transaction.is_active:
         raise InvalidSession("the session's transaction has failed or is ending: roll back first")
     buffer: Buffer | None = session.info.get(_KEY)
     share = None if buffer is None else buffer.shares.get(transaction)
     bind = None if share is None else share.binds.get(place)
-    root = cast("SessionTransaction", session.get_transaction())
     if bind is None:
         bind = _checked_bind(session, place, asynchronous=asynchronous)
         buffer = _attached(session)
