@@ -31,6 +31,7 @@ from outbox.errors import (
     BrokerUnavailable,
     ConfigurationError,
     DatabaseUnavailable,
+    OutboxError,
     Reject,
     Retry,
     shorten,
@@ -130,6 +131,7 @@ class Listener(Worker, Generic[P_co]):
         self._outage_since: float | None = None
         self._outages = 0
         self._created = ""
+        self._prepared = False
 
     # ---- what a subclass writes ---------------------------------------------------------------
 
@@ -166,9 +168,9 @@ class Listener(Worker, Generic[P_co]):
                     await self._consume()
                 except ConsumerGone:
                     logger.warning("the consumer is gone", extra={"listener": self.identity})
-                except (BrokerUnavailable, DatabaseUnavailable, SQLAlchemyError, OSError) as error:
-                    if isinstance(error, DBAPIError) and not is_outage(error):
-                        raise
+                except (OutboxError, SQLAlchemyError, OSError) as error:
+                    if not self._prepared and not _is_nobodys(error):
+                        raise  # wrong configuration at start; later it is an outage like others
                     await self._hold_on(error)
 
     @contextlib.contextmanager
@@ -199,8 +201,9 @@ class Listener(Worker, Generic[P_co]):
             durable=self.identity,
             filter_subject=self.subject,
             ack_wait=declaration.duration(self.ack_wait),
-            max_ack_pending=max(1000, 4 * self.concurrency),
+            max_ack_pending=max(1000, 4 * self._prefetch()),
         )
+        self._prepared = True
 
     async def _consume(self) -> None:
         puller = Puller(
@@ -284,7 +287,7 @@ class Listener(Worker, Generic[P_co]):
                 await self._give_up(puller, message, Work(event, key), "invalid_payload", text)
                 return
             await self._work(puller, message, Work(event, key))
-        except (BrokerUnavailable, DatabaseUnavailable, SQLAlchemyError, OSError) as error:
+        except (OutboxError, SQLAlchemyError, OSError) as error:
             await self._outage(puller, message, error)
         except asyncio.CancelledError:
             await puller.nak(message)
@@ -413,8 +416,12 @@ class Listener(Worker, Generic[P_co]):
             return Disposition.DEAD_LETTER
         if isinstance(error, Retry):
             return Disposition.RETRY
-        answer = self.on_error(error, work.event)
-        decided = await answer if inspect.isawaitable(answer) else answer
+        try:
+            answer = self.on_error(error, work.event)
+            decided = await answer if inspect.isawaitable(answer) else answer
+        except Exception:  # the user's code: what it would have decided is not known
+            logger.exception("on_error failed", extra={"listener": self.identity})
+            return Disposition.RETRY
         if isinstance(decided, bool):
             return Disposition.DISCARD if decided else Disposition.RETRY
         return Disposition.RETRY if decided is None else decided
@@ -576,6 +583,13 @@ class Listener(Worker, Generic[P_co]):
             "subject": message.subject,
             "attempt": message.delivered,
         }
+
+
+def _is_nobodys(error: Exception) -> bool:
+    """Return True for an outage of broker or database, which waiting mends."""
+    if isinstance(error, SQLAlchemyError):
+        return not isinstance(error, DBAPIError) or is_outage(error)
+    return isinstance(error, BrokerUnavailable | DatabaseUnavailable | OSError)
 
 
 async def _first(puller: Puller, stopped: "asyncio.Task[bool]") -> Message | None:

@@ -1,6 +1,7 @@
 """The commands, as processes: output, exit codes, signals."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -253,3 +254,67 @@ def test_dev_prints_both_urls_and_ends_at_sigint(tmp_path: Path) -> None:
         assert process.wait(ENDED_SECONDS) == 0
     assert any(line.startswith("export OUTBOX_DATABASE_URL=postgresql") for line in lines)
     assert any(line.startswith("export OUTBOX_NATS_URL=nats://127.0.0.1:") for line in lines)
+
+
+STUBBORN = """
+import asyncio
+from outbox.lifecycle import Worker
+
+class Stubborn(Worker):
+    async def _live(self):
+        print("alive", flush=True)
+        await asyncio.sleep(300)
+
+workers = [Stubborn("stubborn")]
+"""
+
+
+@pytest.mark.parametrize(("signals", "code"), [(1, 0), (2, 128 + signal.SIGTERM)])
+def test_first_signal_waits_for_the_grace_and_a_second_ends_at_once(
+    signals: int, code: int, tmp_path: Path
+) -> None:
+    (tmp_path / "stubborn.py").write_text(STUBBORN)
+    grace = "1" if signals == 1 else "300"
+    log = tmp_path / "log"
+    with (
+        log.open("w") as target,
+        subprocess.Popen(
+            (*OUTBOX, "run", "stubborn:workers"),
+            cwd=tmp_path,
+            env={**os.environ, "OUTBOX_GRACE": grace},
+            stdout=target,
+            stderr=target,
+        ) as process,
+    ):
+        wait_for(lambda: "alive" in log.read_text())
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda: "stopping" in log.read_text())
+        assert process.wait(ENDED_SECONDS) == code
+
+
+async def test_drain_on_a_terminal_shows_a_bar(
+    servers: dict[str, str], engine: AsyncEngine, tmp_path: Path
+) -> None:
+    await insert(engine, 50)
+    ours, theirs = os.openpty()
+    command = [*RELAY, "--drain"]
+    env = {**os.environ, **servers, "TERM": "xterm", "COLUMNS": "100"}
+    drain = await asyncio.create_subprocess_exec(
+        *command, cwd=tmp_path, env=env, stdout=theirs, stderr=asyncio.subprocess.DEVNULL
+    )
+    os.close(theirs)
+    shown = await asyncio.to_thread(_read_all, ours)
+    assert await drain.wait() == 0
+    assert "50/50" in shown
+    assert "━" in shown
+    assert "published 50, 0 left" in shown
+
+
+def _read_all(terminal: int) -> str:
+    """Return all that is written to a terminal until the other side is closed."""
+    found = b""
+    with os.fdopen(terminal, "rb", buffering=0) as source, contextlib.suppress(OSError):
+        while part := source.read(4096):
+            found += part
+    return found.decode()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any
+from typing import Any, assert_type
 from uuid import UUID
 
 from pydantic import BaseModel
@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
 )
 from sqlalchemy.orm import Session
-from typing_extensions import assert_type, override
+from typing_extensions import override
 
 import outbox
 from outbox import (
@@ -192,7 +192,7 @@ class Print(Observer):
 async def run(engine: AsyncEngine, sessionmaker: async_sessionmaker[AsyncSession]) -> None:
     settings = Settings.from_environment()
     await upgrade(engine, schema="outbox")
-    async with JetStreamClient("nats://127.0.0.1:4222", user="shop", password="word") as client:
+    async with JetStreamClient("nats://127.0.0.1:4222", token="word") as client:  # noqa: S106
         assert_type(client, JetStreamClient)
         assert_type(client.is_connected, bool)
         await client.ensure_stream("EVENTS", ["evt.>", "cmd.>", "dlq.>"], max_age=3600)
