@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -14,6 +14,7 @@ from outbox.errors import DatabaseUnavailable
 from outbox.jetstream.pulling import Message, Puller
 from outbox.listener.attempt import Work
 from outbox.listener.guard import TransactionEscaped
+from outbox.listener.handling import Handling
 from outbox.listener.listener import Listener
 
 logger = logging.getLogger(__name__)
@@ -26,28 +27,16 @@ class _Entry:
     done: bool = False
 
 
-class BatchListener(Listener[P_co]):
-    """Handles up to `batch_size` events in one transaction; an event that fails is retried alone.
+@dataclass(kw_only=True)
+class Batching(Handling):
+    """Handles first deliveries in batches; what comes again is handled alone.
 
-    Only first deliveries enter a batch: one that failed before would spoil each batch it is in.
     While one batch runs the next gathers, so a batch is as large as the load makes it.
     """
 
-    batch_size: ClassVar[int] = 200
-    _handler: ClassVar[str] = "on_batch"
-
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self._gathering: list[_Entry] = []
-        self._turn = asyncio.Lock()
-
-    async def on_batch(self, session: AsyncSession, events: Sequence[EventEnvelope[P_co]]) -> None:
-        """Apply `events`, in stream order, to `session`; the listener commits."""
-        raise NotImplementedError
-
-    @override
-    def _prefetch(self) -> int:
-        return max(self.batch_size, self.concurrency)
+    batch_size: int
+    _gathering: list[_Entry] = field(default_factory=list, init=False)
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     @override
     async def _work(self, puller: Puller, message: Message, work: Work) -> None:
@@ -73,10 +62,10 @@ class BatchListener(Listener[P_co]):
             return
         works = [entry.work for entry in batch]
         try:
-            await self._attempt.run(works, self._handle_all, marked=False)
+            await self.attempt.run(works, self.handle, marked=False)
         except DatabaseUnavailable as error:
             for entry in batch:
-                await self._outage(puller, entry.message, error)
+                await self.hand_back(puller, entry.message, error)
             return
         except TransactionEscaped as error:
             for entry in batch:
@@ -86,14 +75,14 @@ class BatchListener(Listener[P_co]):
             logger.info(
                 "a batch failed, its events are handled one by one",
                 extra={
-                    "listener": self.identity,
+                    "listener": self.attempt.listener,
                     "events": len(batch),
                     "error_type": type(error).__name__,
                 },
             )
             await self._one_by_one(puller, batch)
             return
-        self._recovered()
+        self.outage.ended()
         for entry in batch:
             await self._ack(puller, entry.message)
 
@@ -102,7 +91,29 @@ class BatchListener(Listener[P_co]):
             try:
                 await self._try(puller, entry.message, entry.work, marked=False)
             except DatabaseUnavailable as error:
-                await self._outage(puller, entry.message, error)
+                await self.hand_back(puller, entry.message, error)
+
+
+class BatchListener(Listener[P_co]):
+    """Handles up to `batch_size` events in one transaction; an event that fails is retried alone.
+
+    Only first deliveries enter a batch: one that failed before would spoil each batch it is in.
+    """
+
+    batch_size: ClassVar[int] = 200
+    _handler: ClassVar[str] = "on_batch"
+
+    async def on_batch(self, session: AsyncSession, events: Sequence[EventEnvelope[P_co]]) -> None:
+        """Apply `events`, in stream order, to `session`; the listener commits."""
+        raise NotImplementedError
+
+    @override
+    def _make_handling(self, kind: type[Handling] = Batching, **more: Any) -> Handling:
+        return super()._make_handling(kind, batch_size=self.batch_size, **more)
+
+    @override
+    def _prefetch(self) -> int:
+        return max(self.batch_size, self.concurrency)
 
     @override
     async def _handle_all(self, session: AsyncSession, works: Sequence[Work]) -> None:

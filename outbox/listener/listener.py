@@ -2,39 +2,26 @@
 
 import asyncio
 import contextlib
-import dataclasses
-import inspect
 import logging
-import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from enum import StrEnum
 from typing import Any, ClassVar, Generic
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from typing_extensions import override
 
 from outbox.backoff import Backoff
 from outbox.envelope import (
-    Delivery,
     EventEnvelope,
-    MalformedMessage,
     P_co,
-    fallback_key,
-    inbox_key,
-    parse,
 )
 from outbox.errors import (
     BrokerUnavailable,
     ConfigurationError,
     DatabaseUnavailable,
     OutboxError,
-    Reject,
-    Retry,
-    shorten,
 )
 from outbox.jetstream import provisioning
 from outbox.jetstream.client import JetStreamClient
@@ -42,26 +29,17 @@ from outbox.jetstream.pulling import ConsumerGone, Message, Puller
 from outbox.lifecycle import Worker
 from outbox.listener import declaration
 from outbox.listener.attempt import Attempt, Work, is_outage
-from outbox.listener.dead import GivenUp, Undertaker
-from outbox.listener.guard import TransactionEscaped
-from outbox.postgres import attempts, schema
-from outbox.postgres.dead_letters import printable
+from outbox.listener.dead import Undertaker
+from outbox.listener.handling import Disposition, Handling
+from outbox.listener.outage import Outage
+from outbox.postgres import schema
 from outbox.settings import Settings
-from outbox.telemetry import Moment, Observer, Step
+from outbox.telemetry import Observer, Step
 
 logger = logging.getLogger(__name__)
 
 PREFETCH_BYTES = 16 * 1_048_576
-_OUTAGE = Backoff(first=timedelta(seconds=0.2), longest=timedelta(seconds=10))
 _running: dict[tuple[int, str, str], str] = {}  # client, stream, identity: subject
-
-
-class Disposition(StrEnum):
-    """What `on_error` decides about an event whose handler failed."""
-
-    RETRY = "retry"
-    DEAD_LETTER = "dead_letter"
-    DISCARD = "discard"
 
 
 class Listener(Worker, Generic[P_co]):
@@ -114,24 +92,35 @@ class Listener(Worker, Generic[P_co]):
         self.client = js_client
         self.sessionmaker = sessionmaker
         self.observer = observer or Observer()
-        self._attempt = Attempt(
-            sessionmaker,
-            self.settings.schema_name,
-            self.identity,
-            self.service,
-            declaration.duration(self.timeout),
-            self.observer,
-        )
-        self._undertaker = Undertaker(
-            js_client, sessionmaker, self.settings.schema_name, self.identity, self.service, {}
-        )
+        self._outage = Outage(self.identity, self.observer)
+        self._handling = self._make_handling()
         self._in_hand: dict[int, Message] = {}
-        self._free = asyncio.Semaphore(self.concurrency)
-        self._alone = asyncio.Lock()
-        self._outage_since: float | None = None
-        self._outages = 0
-        self._created = ""
         self._prepared = False
+
+    def _make_handling(self, kind: type[Handling] = Handling, **more: Any) -> Handling:
+        schema_name = self.settings.schema_name
+        return kind(
+            attempt=Attempt(
+                self.sessionmaker,
+                schema_name,
+                self.identity,
+                self.service,
+                declaration.duration(self.timeout),
+                self.observer,
+            ),
+            undertaker=Undertaker(
+                self.client, self.sessionmaker, schema_name, self.identity, self.service, {}
+            ),
+            outage=self._outage,
+            handle=self._handle_all,
+            on_error=self.on_error,
+            adapter=self._adapter,
+            max_attempts=self.max_attempts,
+            backoff=self._backoff,
+            concurrency=self.concurrency,
+            stopping=self.stopping,
+            **more,
+        )
 
     # ---- what a subclass writes ---------------------------------------------------------------
 
@@ -156,6 +145,10 @@ class Listener(Worker, Generic[P_co]):
         """Call `on_message`; override it for what surrounds every handler."""
         await self.on_message(session, event)
 
+    async def _handle_all(self, session: AsyncSession, works: Sequence[Work]) -> None:
+        for work in works:
+            await self.handle(session, work.event)
+
     # ---- life ---------------------------------------------------------------------------------
 
     @override
@@ -171,7 +164,7 @@ class Listener(Worker, Generic[P_co]):
                 except (OutboxError, SQLAlchemyError, OSError) as error:
                     if not self._prepared and not _is_nobodys(error):
                         raise  # wrong configuration at start; later it is an outage like others
-                    await self._hold_on(error)
+                    await self.pause(self._outage.began(error))
 
     @contextlib.contextmanager
     def _claimed(self, place: tuple[int, str, str]) -> Iterator[None]:
@@ -194,7 +187,7 @@ class Listener(Worker, Generic[P_co]):
         async with self.sessionmaker() as session:
             await schema.check_version(await session.connection(), self.settings.schema_name)
         facts = await provisioning.check_stream(self.client, self.stream, [self.subject])
-        self._created = facts.created
+        self._handling.stream_created = facts.created
         await provisioning.ensure_consumer(
             self.client,
             stream=self.stream,
@@ -254,7 +247,13 @@ class Listener(Worker, Generic[P_co]):
 
     def _take(self, message: Message) -> None:
         self._in_hand[id(message)] = message
-        self._tell(Step.RECEIVED, message)
+        self._handling.tell(Step.RECEIVED, message)
+
+    async def _one(self, puller: Puller, message: Message) -> None:
+        try:
+            await self._handling.message(puller, message)
+        finally:
+            self._put_down(puller, message)
 
     def _put_down(self, puller: Puller, message: Message) -> None:
         self._in_hand.pop(id(message), None)
@@ -268,321 +267,6 @@ class Listener(Worker, Generic[P_co]):
             await asyncio.sleep(interval)
             for message in list(self._in_hand.values()):
                 await puller.in_progress(message)
-
-    # ---- one message --------------------------------------------------------------------------
-
-    async def _one(self, puller: Puller, message: Message) -> None:
-        """Handle one message and answer the broker; never raises but on cancellation."""
-        try:
-            try:
-                event = self._parsed(message)
-            except MalformedMessage as error:
-                await self._bury_unread(puller, message, error)
-                return
-            key = inbox_key(event.event_id)
-            try:
-                event = self._with_payload(event)
-            except ValidationError as error:
-                text = _summary(error)
-                await self._give_up(puller, message, Work(event, key), "invalid_payload", text)
-                return
-            await self._work(puller, message, Work(event, key))
-        except (OutboxError, SQLAlchemyError, OSError) as error:
-            await self._outage(puller, message, error)
-        except asyncio.CancelledError:
-            await puller.nak(message)
-            raise
-        finally:
-            self._put_down(puller, message)
-
-    def _parsed(self, message: Message) -> EventEnvelope[Any]:
-        delivery = Delivery(
-            attempt=message.delivered,
-            stream=message.stream,
-            sequence=message.sequence,
-            redelivered=message.delivered > 1,
-        )
-        return parse(
-            message.body, subject=message.subject, headers=message.headers, delivery=delivery
-        )
-
-    def _with_payload(self, event: EventEnvelope[Any]) -> EventEnvelope[Any]:
-        if self._adapter is None:
-            return event
-        return dataclasses.replace(event, payload=self._adapter.validate_python(event.data))
-
-    async def _work(self, puller: Puller, message: Message, work: Work) -> None:
-        if message.delivered == 1:
-            async with self._free:
-                if self.stopping.is_set():
-                    await puller.nak(message)
-                else:
-                    await self._try(puller, message, work, marked=False)
-            return
-        started = await self._start(work)
-        if started is None:
-            await self._known(puller, message)
-            return
-        if started.unfinished + started.failed >= self.max_attempts:
-            error = f"{started.failed} failures and {started.unfinished} starts without an end"
-            await self._give_up(puller, message, work, "attempts", error)
-            return
-        async with self._alone_or_not(alone=started.unfinished > 0):
-            await self._try(puller, message, work, marked=True)
-
-    @asynccontextmanager
-    async def _alone_or_not(self, *, alone: bool) -> AsyncIterator[None]:
-        """Hold all places when an earlier start has no end: it may have killed its process."""
-        if not alone:
-            async with self._free:
-                yield
-            return
-        async with self._alone:
-            held = 0
-            try:
-                for _ in range(self.concurrency):
-                    await self._free.acquire()
-                    held += 1
-                yield
-            finally:
-                for _ in range(held):
-                    self._free.release()
-
-    async def _start(self, work: Work) -> attempts.Started | None:
-        async with self.sessionmaker() as session, session.begin():
-            return await attempts.start(
-                session, self.settings.schema_name, listener=self.identity, event_id=work.key
-            )
-
-    async def _try(self, puller: Puller, message: Message, work: Work, *, marked: bool) -> None:
-        try:
-            new = await self._attempt.run([work], self._handle_all, marked=marked)
-        except TransactionEscaped as error:
-            await self._escaped(puller, message, work, error)
-            return
-        except (DatabaseUnavailable, asyncio.CancelledError):
-            await self._release(work, marked=marked)
-            raise
-        except Exception as error:  # the one place where a handler's failure is taken
-            logger.warning(
-                "a handler failed",
-                extra=self._facts(message, work) | {"error_type": type(error).__name__},
-                exc_info=not isinstance(error, Retry | Reject),
-            )
-            await self._failed(puller, message, work, error, marked=marked)
-            return
-        self._recovered()
-        if new:
-            await self._ack(puller, message)
-        else:
-            await self._known(puller, message)
-
-    async def _escaped(
-        self, puller: Puller, message: Message, work: Work, error: TransactionEscaped
-    ) -> None:
-        """Give up an event whose handler ended the transaction: its inbox row may be committed."""
-        await self._give_up(puller, message, work, "handler_transaction", str(error), override=True)
-
-    async def _handle_all(self, session: AsyncSession, works: Sequence[Work]) -> None:
-        for work in works:
-            await self.handle(session, work.event)
-
-    async def _failed(
-        self, puller: Puller, message: Message, work: Work, error: Exception, *, marked: bool
-    ) -> None:
-        decision = await self._decide(error, work)
-        text = f"{type(error).__name__}: {error}"
-        if decision is not Disposition.RETRY:
-            reason = "rejected" if isinstance(error, Reject) else "on_error"
-            await self._give_up(
-                puller,
-                message,
-                work,
-                "discarded" if decision is Disposition.DISCARD else reason,
-                text,
-                discarded=decision is Disposition.DISCARD,
-            )
-            return
-        seen = await self._count(work, error, text, marked=marked)
-        if seen.failed + seen.unfinished >= self.max_attempts:
-            await self._give_up(puller, message, work, "attempts", text)
-            return
-        delay = self._delay(error, seen.failed)
-        self._tell(Step.RETRIED, message, event=work.event, reason=type(error).__name__)
-        await puller.nak(message, delay)
-
-    async def _decide(self, error: Exception, work: Work) -> Disposition:
-        if isinstance(error, Reject):
-            return Disposition.DEAD_LETTER
-        if isinstance(error, Retry):
-            return Disposition.RETRY
-        try:
-            answer = self.on_error(error, work.event)
-            decided = await answer if inspect.isawaitable(answer) else answer
-        except Exception:  # the user's code: what it would have decided is not known
-            logger.exception("on_error failed", extra={"listener": self.identity})
-            return Disposition.RETRY
-        if isinstance(decided, bool):
-            return Disposition.DISCARD if decided else Disposition.RETRY
-        return Disposition.RETRY if decided is None else decided
-
-    def _delay(self, error: Exception, failed: int) -> timedelta:
-        if isinstance(error, Retry) and error.after is not None:
-            return error.after
-        return self._backoff.delay(failed)
-
-    async def _count(
-        self, work: Work, error: Exception, text: str, *, marked: bool
-    ) -> attempts.Started:
-        """Count the failure, on a fresh connection: if none answers, it was an outage."""
-        async with self.sessionmaker() as session, session.begin():
-            seen = await attempts.seen(
-                session, self.settings.schema_name, listener=self.identity, event_id=work.key
-            )
-            return await attempts.fail(
-                session,
-                self.settings.schema_name,
-                listener=self.identity,
-                event_id=work.key,
-                marked=marked,
-                delay=self._delay(error, seen.failed + 1),
-                error=printable(text),
-            )
-
-    async def _release(self, work: Work, *, marked: bool) -> None:
-        """End a start that was nobody's failure; a dead database keeps it, which is safe."""
-        if not marked:
-            return
-        with contextlib.suppress(SQLAlchemyError, OSError):
-            async with self.sessionmaker() as session, session.begin():
-                await attempts.release(
-                    session, self.settings.schema_name, listener=self.identity, event_id=work.key
-                )
-
-    # ---- answers ------------------------------------------------------------------------------
-
-    async def _ack(self, puller: Puller, message: Message) -> None:
-        await puller.ack(message)
-        self._tell(Step.ACKED, message)
-
-    async def _known(self, puller: Puller, message: Message) -> None:
-        self._tell(Step.DUPLICATE, message)
-        await self._ack(puller, message)
-
-    async def _give_up(
-        self,
-        puller: Puller,
-        message: Message,
-        work: Work,
-        reason: str,
-        error: str,
-        *,
-        discarded: bool = False,
-        override: bool = False,
-    ) -> None:
-        event = work.event
-        async with self.sessionmaker() as session:
-            seen = await attempts.seen(
-                session, self.settings.schema_name, listener=self.identity, event_id=work.key
-            )
-        given = GivenUp(
-            message,
-            work.key,
-            event.event_id if event.event_id != str(work.key) else None,
-            event.key,
-            reason,
-            error,
-            max(seen.failed + seen.unfinished, 1),
-            created_at=event.timestamp,
-            correlation_id=event.correlation_id,
-            discarded=discarded,
-            override=override,
-        )
-        await self._bury(puller, message, given)
-
-    async def _bury_unread(self, puller: Puller, message: Message, error: MalformedMessage) -> None:
-        """Give up a message that is no event; its key is made from where and when it was stored."""
-        key = fallback_key(
-            message.stream,
-            self._created,
-            message.sequence,
-            message.timestamp.isoformat(),
-            message.body,
-        )
-        given = GivenUp(message, key, None, None, str(error.reason), error.detail, 1)
-        await self._bury(puller, message, given)
-
-    async def _bury(self, puller: Puller, message: Message, given: GivenUp) -> None:
-        if await self._undertaker.bury(given):
-            logger.error(
-                "gave up an event",
-                extra={
-                    "listener": self.identity,
-                    "event_id": str(given.key),
-                    "subject": shorten(message.subject),
-                    "reason": given.reason,
-                },
-            )
-            self._tell(Step.DEAD_LETTERED, message, reason=given.reason)
-        await self._ack(puller, message)
-
-    # ---- outages ------------------------------------------------------------------------------
-
-    async def _outage(self, puller: Puller, message: Message, error: Exception) -> None:
-        """Hand the message back; nothing is spent on an outage."""
-        self._began(error)
-        await puller.nak(message, _OUTAGE.delay(self._outages))
-
-    async def _hold_on(self, error: Exception) -> None:
-        self._began(error)
-        await self.pause(_OUTAGE.delay(self._outages))
-
-    def _began(self, error: Exception) -> None:
-        self._outages += 1
-        if self._outage_since is not None:
-            return
-        self._outage_since = time.monotonic()
-        reason = type(error).__name__
-        logger.warning("outage began", extra={"listener": self.identity, "error_type": reason})
-        self.observer.on_step(Moment(Step.OUTAGE_BEGAN, self.identity, reason=reason))
-
-    def _recovered(self) -> None:
-        if self._outage_since is None:
-            return
-        seconds = time.monotonic() - self._outage_since
-        self._outage_since, self._outages = None, 0
-        logger.warning("outage ended", extra={"listener": self.identity, "seconds": seconds})
-        self.observer.on_step(Moment(Step.OUTAGE_ENDED, self.identity, seconds=seconds))
-
-    # ---- telling ------------------------------------------------------------------------------
-
-    def _tell(
-        self,
-        step: Step,
-        message: Message,
-        *,
-        event: EventEnvelope[Any] | None = None,
-        reason: str | None = None,
-    ) -> None:
-        self.observer.on_step(
-            Moment(
-                step,
-                self.identity,
-                event_id=event.event_id if event else message.headers.get("Nats-Msg-Id"),
-                subject=message.subject,
-                reason=reason,
-                attempt=message.delivered,
-                sequence=message.sequence,
-            )
-        )
-
-    def _facts(self, message: Message, work: Work) -> dict[str, object]:
-        return {
-            "listener": self.identity,
-            "event_id": work.event.event_id,
-            "subject": message.subject,
-            "attempt": message.delivered,
-        }
 
 
 def _is_nobodys(error: Exception) -> bool:
@@ -604,9 +288,3 @@ async def _first(puller: Puller, stopped: "asyncio.Task[bool]") -> Message | Non
         if not coming.done():
             coming.cancel()
             await asyncio.wait({coming})
-
-
-def _summary(error: ValidationError) -> str:
-    """Return which fields are wrong and how, without their values."""
-    found = error.errors(include_input=False, include_url=False)
-    return "; ".join(sorted({f"{'.'.join(map(str, e['loc']))}: {e['type']}" for e in found}))

@@ -1,0 +1,359 @@
+"""What happens to one message: read, handled, counted, given up, and answered."""
+
+import asyncio
+import dataclasses
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from enum import StrEnum
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from outbox.backoff import Backoff
+from outbox.envelope import (
+    Delivery,
+    EventEnvelope,
+    MalformedMessage,
+    fallback_key,
+    inbox_key,
+    parse,
+)
+from outbox.errors import DatabaseUnavailable, OutboxError, Reject, Retry, shorten
+from outbox.jetstream.pulling import Message, Puller
+from outbox.listener.attempt import Attempt, Work
+from outbox.listener.dead import GivenUp, Undertaker
+from outbox.listener.guard import TransactionEscaped
+from outbox.listener.outage import Outage
+from outbox.postgres import attempts
+from outbox.postgres.dead_letters import printable
+from outbox.telemetry import Moment, Step
+
+logger = logging.getLogger(__name__)
+
+
+class Disposition(StrEnum):
+    """What `on_error` decides about an event whose handler failed."""
+
+    RETRY = "retry"
+    DEAD_LETTER = "dead_letter"
+    DISCARD = "discard"
+
+
+Decision = Disposition | bool | None
+
+
+@dataclass(kw_only=True)
+class Handling:
+    """Handles messages of one listener; each call of `message` answers the broker once."""
+
+    attempt: Attempt
+    undertaker: Undertaker
+    outage: Outage
+    handle: Callable[[AsyncSession, Sequence[Work]], Awaitable[None]]
+    on_error: Callable[[Exception, EventEnvelope[Any]], Awaitable[Decision] | Decision]
+    adapter: TypeAdapter[Any] | None  # of the payload
+    max_attempts: int
+    backoff: Backoff
+    concurrency: int
+    stopping: asyncio.Event
+    stream_created: str = ""  # tells a stream from one of the same name made later
+    _free: asyncio.Semaphore = field(init=False)
+    _alone: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+
+    def __post_init__(self) -> None:
+        self._free = asyncio.Semaphore(self.concurrency)
+
+    async def message(self, puller: Puller, message: Message) -> None:
+        """Handle one message and answer the broker; never raises but on cancellation."""
+        try:
+            await self._read(puller, message)
+        except (OutboxError, SQLAlchemyError, OSError) as error:
+            await self.hand_back(puller, message, error)
+        except asyncio.CancelledError:
+            await puller.nak(message)
+            raise
+
+    async def hand_back(self, puller: Puller, message: Message, error: Exception) -> None:
+        """Have the message come again; nothing is spent on an outage."""
+        await puller.nak(message, self.outage.began(error))
+
+    async def _read(self, puller: Puller, message: Message) -> None:
+        try:
+            event = self._parsed(message)
+        except MalformedMessage as error:
+            await self._bury_unread(puller, message, error)
+            return
+        key = inbox_key(event.event_id)
+        try:
+            event = self._with_payload(event)
+        except ValidationError as error:
+            text = _summary(error)
+            await self._give_up(puller, message, Work(event, key), "invalid_payload", text)
+            return
+        await self._work(puller, message, Work(event, key))
+
+    def _parsed(self, message: Message) -> EventEnvelope[Any]:
+        delivery = Delivery(
+            attempt=message.delivered,
+            stream=message.stream,
+            sequence=message.sequence,
+            redelivered=message.delivered > 1,
+        )
+        return parse(
+            message.body, subject=message.subject, headers=message.headers, delivery=delivery
+        )
+
+    def _with_payload(self, event: EventEnvelope[Any]) -> EventEnvelope[Any]:
+        if self.adapter is None:
+            return event
+        return dataclasses.replace(event, payload=self.adapter.validate_python(event.data))
+
+    async def _work(self, puller: Puller, message: Message, work: Work) -> None:
+        if message.delivered == 1:
+            async with self._free:
+                if self.stopping.is_set():
+                    await puller.nak(message)
+                else:
+                    await self._try(puller, message, work, marked=False)
+            return
+        started = await self._start(work)
+        if started is None:
+            await self._known(puller, message)
+            return
+        if started.unfinished + started.failed >= self.max_attempts:
+            error = f"{started.failed} failures and {started.unfinished} starts without an end"
+            await self._give_up(puller, message, work, "attempts", error)
+            return
+        async with self._alone_or_not(alone=started.unfinished > 0):
+            await self._try(puller, message, work, marked=True)
+
+    @asynccontextmanager
+    async def _alone_or_not(self, *, alone: bool) -> AsyncIterator[None]:
+        """Hold all places when an earlier start has no end: it may have killed its process."""
+        if not alone:
+            async with self._free:
+                yield
+            return
+        async with self._alone:
+            held = 0
+            try:
+                for _ in range(self.concurrency):
+                    await self._free.acquire()
+                    held += 1
+                yield
+            finally:
+                for _ in range(held):
+                    self._free.release()
+
+    async def _start(self, work: Work) -> attempts.Started | None:
+        async with self.attempt.sessionmaker() as session, session.begin():
+            return await attempts.start(
+                session, self.attempt.schema, listener=self.attempt.listener, event_id=work.key
+            )
+
+    async def _try(self, puller: Puller, message: Message, work: Work, *, marked: bool) -> None:
+        try:
+            new = await self.attempt.run([work], self.handle, marked=marked)
+        except TransactionEscaped as error:
+            await self._escaped(puller, message, work, error)
+            return
+        except (DatabaseUnavailable, asyncio.CancelledError):
+            await self._release(work, marked=marked)
+            raise
+        except Exception as error:  # the one place where a handler's failure is taken
+            logger.warning(
+                "a handler failed",
+                extra=self._facts(message, work) | {"error_type": type(error).__name__},
+                exc_info=not isinstance(error, Retry | Reject),
+            )
+            await self._failed(puller, message, work, error, marked=marked)
+            return
+        self.outage.ended()
+        if new:
+            await self._ack(puller, message)
+        else:
+            await self._known(puller, message)
+
+    async def _escaped(
+        self, puller: Puller, message: Message, work: Work, error: TransactionEscaped
+    ) -> None:
+        """Give up an event whose handler ended the transaction: its inbox row may be committed."""
+        await self._give_up(puller, message, work, "handler_transaction", str(error), override=True)
+
+    async def _failed(
+        self, puller: Puller, message: Message, work: Work, error: Exception, *, marked: bool
+    ) -> None:
+        decision = await self._decide(error, work)
+        text = f"{type(error).__name__}: {error}"
+        if decision is not Disposition.RETRY:
+            reason = "rejected" if isinstance(error, Reject) else "on_error"
+            await self._give_up(
+                puller,
+                message,
+                work,
+                "discarded" if decision is Disposition.DISCARD else reason,
+                text,
+                discarded=decision is Disposition.DISCARD,
+            )
+            return
+        seen = await self._count(work, error, text, marked=marked)
+        if seen.failed + seen.unfinished >= self.max_attempts:
+            await self._give_up(puller, message, work, "attempts", text)
+            return
+        delay = self._delay(error, seen.failed)
+        self.tell(Step.RETRIED, message, event=work.event, reason=type(error).__name__)
+        await puller.nak(message, delay)
+
+    async def _decide(self, error: Exception, work: Work) -> Disposition:
+        if isinstance(error, Reject):
+            return Disposition.DEAD_LETTER
+        if isinstance(error, Retry):
+            return Disposition.RETRY
+        try:
+            answer = self.on_error(error, work.event)
+            decided = await answer if inspect.isawaitable(answer) else answer
+        except Exception:  # the user's code: what it would have decided is not known
+            logger.exception("on_error failed", extra={"listener": self.attempt.listener})
+            return Disposition.RETRY
+        if isinstance(decided, bool):
+            return Disposition.DISCARD if decided else Disposition.RETRY
+        return Disposition.RETRY if decided is None else decided
+
+    def _delay(self, error: Exception, failed: int) -> timedelta:
+        if isinstance(error, Retry) and error.after is not None:
+            return error.after
+        return self.backoff.delay(failed)
+
+    async def _count(
+        self, work: Work, error: Exception, text: str, *, marked: bool
+    ) -> attempts.Started:
+        """Count the failure, on a fresh connection: if none answers, it was an outage."""
+        async with self.attempt.sessionmaker() as session, session.begin():
+            seen = await attempts.seen(
+                session, self.attempt.schema, listener=self.attempt.listener, event_id=work.key
+            )
+            return await attempts.fail(
+                session,
+                self.attempt.schema,
+                listener=self.attempt.listener,
+                event_id=work.key,
+                marked=marked,
+                delay=self._delay(error, seen.failed + 1),
+                error=printable(text),
+            )
+
+    async def _release(self, work: Work, *, marked: bool) -> None:
+        """End a start that was nobody's failure; a dead database keeps it, which is safe."""
+        if not marked:
+            return
+        with suppress(SQLAlchemyError, OSError):
+            async with self.attempt.sessionmaker() as session, session.begin():
+                await attempts.release(
+                    session, self.attempt.schema, listener=self.attempt.listener, event_id=work.key
+                )
+
+    async def _ack(self, puller: Puller, message: Message) -> None:
+        await puller.ack(message)
+        self.tell(Step.ACKED, message)
+
+    async def _known(self, puller: Puller, message: Message) -> None:
+        self.tell(Step.DUPLICATE, message)
+        await self._ack(puller, message)
+
+    async def _give_up(
+        self,
+        puller: Puller,
+        message: Message,
+        work: Work,
+        reason: str,
+        error: str,
+        *,
+        discarded: bool = False,
+        override: bool = False,
+    ) -> None:
+        event = work.event
+        async with self.attempt.sessionmaker() as session:
+            seen = await attempts.seen(
+                session, self.attempt.schema, listener=self.attempt.listener, event_id=work.key
+            )
+        given = GivenUp(
+            message,
+            work.key,
+            event.event_id if event.event_id != str(work.key) else None,
+            event.key,
+            reason,
+            error,
+            max(seen.failed + seen.unfinished, 1),
+            created_at=event.timestamp,
+            correlation_id=event.correlation_id,
+            discarded=discarded,
+            override=override,
+        )
+        await self._bury(puller, message, given)
+
+    async def _bury_unread(self, puller: Puller, message: Message, error: MalformedMessage) -> None:
+        """Give up a message that is no event; its key is made from where and when it was stored."""
+        key = fallback_key(
+            message.stream,
+            self.stream_created,
+            message.sequence,
+            message.timestamp.isoformat(),
+            message.body,
+        )
+        given = GivenUp(message, key, None, None, str(error.reason), error.detail, 1)
+        await self._bury(puller, message, given)
+
+    async def _bury(self, puller: Puller, message: Message, given: GivenUp) -> None:
+        if await self.undertaker.bury(given):
+            logger.error(
+                "gave up an event",
+                extra={
+                    "listener": self.attempt.listener,
+                    "event_id": str(given.key),
+                    "subject": shorten(message.subject),
+                    "reason": given.reason,
+                },
+            )
+            self.tell(Step.DEAD_LETTERED, message, reason=given.reason)
+        await self._ack(puller, message)
+
+    def tell(
+        self,
+        step: Step,
+        message: Message,
+        *,
+        event: EventEnvelope[Any] | None = None,
+        reason: str | None = None,
+    ) -> None:
+        """Tell the observer of a step of one message."""
+        self.attempt.observer.on_step(
+            Moment(
+                step,
+                self.attempt.listener,
+                event_id=event.event_id if event else message.headers.get("Nats-Msg-Id"),
+                subject=message.subject,
+                reason=reason,
+                attempt=message.delivered,
+                sequence=message.sequence,
+            )
+        )
+
+    def _facts(self, message: Message, work: Work) -> dict[str, object]:
+        return {
+            "listener": self.attempt.listener,
+            "event_id": work.event.event_id,
+            "subject": message.subject,
+            "attempt": message.delivered,
+        }
+
+
+def _summary(error: ValidationError) -> str:
+    """Return which fields are wrong and how, without their values."""
+    found = error.errors(include_input=False, include_url=False)
+    return "; ".join(sorted({f"{'.'.join(map(str, e['loc']))}: {e['type']}" for e in found}))
