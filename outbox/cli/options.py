@@ -1,9 +1,11 @@
 """The flags that commands share, and what is built from them."""
 
 import argparse
+import inspect
 from datetime import timedelta
 from typing import Any
 
+import asyncpg
 from sqlalchemy import URL
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
@@ -16,9 +18,16 @@ COMMAND_TIMEOUT = timedelta(seconds=60)
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 EXIT_CODES = "exit codes: 0 done, 1 failed (the reason is on stderr), 2 usage or configuration"
 _DRIVERS = {"postgres", "postgresql"}
+POOL_SIZE = 5
+# What a URL may carry behind "?": the driver's own arguments and those of SQLAlchemy's dialect.
+_QUERY = frozenset(inspect.signature(asyncpg.connect).parameters) | {
+    "async_fallback",
+    "prepared_statement_cache_size",
+}
 _FLAGS = {
     "--database-url": ("database_url", "URL", "PostgreSQL (OUTBOX_DATABASE_URL)"),
     "--nats-url": ("nats_url", "URL", "NATS servers, separated by commas (OUTBOX_NATS_URL)"),
+    "--source-service": ("source_service", "NAME", "name of this service (OUTBOX_SOURCE_SERVICE)"),
     "--schema": ("schema_name", "NAME", "schema of the tables (OUTBOX_SCHEMA)"),
     "--stream": ("stream", "NAME", "stream of the events (OUTBOX_STREAM)"),
     "--log-level": ("log_level", "LEVEL", "level of the logs (OUTBOX_LOG_LEVEL)"),
@@ -66,6 +75,8 @@ def database_url(settings: Settings) -> URL:
         url = make_url(text)
     except ArgumentError:
         raise ConfigurationError("OUTBOX_DATABASE_URL is not a URL") from None  # it holds a secret
+    except ValueError:  # SQLAlchemy's own would be a traceback with the whole URL
+        raise ConfigurationError("OUTBOX_DATABASE_URL: the port must be a number") from None
     if url.drivername in _DRIVERS:
         url = url.set(drivername="postgresql+asyncpg")
     if url.drivername != "postgresql+asyncpg":
@@ -73,15 +84,26 @@ def database_url(settings: Settings) -> URL:
     mode = url.query.get("sslmode")
     if mode is not None:
         url = url.difference_update_query(["sslmode"]).update_query_dict({"ssl": mode})
+    unknown = sorted(url.query.keys() - _QUERY)
+    if unknown:
+        names = ", ".join(unknown)
+        raise ConfigurationError(f"OUTBOX_DATABASE_URL: asyncpg does not take {names} in its query")
     return url
 
 
-def engine(settings: Settings, name: str, *, timeout: timedelta | None = None) -> AsyncEngine:
-    """Return an engine whose sessions carry `name` and whose statements end in time."""
+def engine(
+    settings: Settings, name: str, *, timeout: timedelta | None = None, sessions: int = 0
+) -> AsyncEngine:
+    """Return an engine whose sessions carry `name` and whose statements end in time.
+
+    Args:
+        sessions: what handlers hold at once, beside the few that every command needs.
+    """
     limit = COMMAND_TIMEOUT if timeout is None else timeout
     return create_async_engine(
         database_url(settings),
         pool_pre_ping=True,
+        pool_size=POOL_SIZE + sessions,
         connect_args={
             "command_timeout": limit.total_seconds(),
             "server_settings": {"application_name": name},

@@ -4,7 +4,7 @@ import argparse
 import importlib
 import inspect
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,32 @@ from outbox.cli.stopping import serve, signals
 from outbox.errors import ConfigurationError
 from outbox.jetstream.client import JetStreamClient
 from outbox.lifecycle import Worker
+from outbox.listener import Listener
 from outbox.relay import Relay
 from outbox.settings import Settings
 
 
 async def listen(settings: Settings, given: argparse.Namespace) -> int:
-    """Run listener classes, and a relay for what their handlers add."""
-    classes = [_found(name) for name in given.objects]
-    engine = options.engine(settings, "outbox listen")
+    """Run listeners, and a relay for what their handlers add."""
+    found = {name: _found(name) for name in given.objects}
+    sessions = sum(each.concurrency for each in found.values() if _is_listener(each))
+    engine = options.engine(settings, "outbox listen", sessions=sessions)
     client = JetStreamClient.from_settings(settings, name="outbox-listen")
     try:
         with signals() as asked:
-            if await connect(client, asked):
-                workers = _listeners(classes, given.objects, client, engine, settings)
-                if not given.no_relay:
-                    workers.append(Relay(engine, client, settings=settings))
-                await serve(workers, settings, asked)
+            async with AsyncExitStack() as stack:
+                if await connect(client, asked):
+                    await _create_stream(client, settings)
+                    workers: list[Worker] = []
+                    for name, each in found.items():
+                        made = each if _is_listener(each) else await _made(each, stack)
+                        if _is_listener(made):
+                            workers.append(_listener(made, name, client, engine, settings))
+                        else:
+                            workers += _workers(made, name)
+                    if not given.no_relay:
+                        workers.append(Relay(engine, client, settings=settings))
+                    await serve(workers, settings, asked)
     finally:
         await client.close()
         await engine.dispose()
@@ -41,39 +51,49 @@ async def listen(settings: Settings, given: argparse.Namespace) -> int:
 
 async def run(settings: Settings, given: argparse.Namespace) -> int:
     """Run the workers that the application makes by itself."""
-    made = _found(given.object)
+    found = _found(given.object)
     with signals() as asked:
         async with AsyncExitStack() as stack:
-            if callable(made) and not isinstance(made, AbstractAsyncContextManager):
-                made = made()
-            if inspect.isawaitable(made):
-                made = await made
-            if isinstance(made, AbstractAsyncContextManager) and not isinstance(made, Worker):
-                made = await stack.enter_async_context(made)
+            made = await _made(found, stack)
             await serve(_workers(made, given.object), settings, asked)
     return options.EXIT_OK
 
 
-def _listeners(
-    classes: Sequence[Any],
-    names: Sequence[str],
-    client: JetStreamClient,
-    engine: AsyncEngine,
-    settings: Settings,
-) -> list[Worker]:
+async def _made(found: Any, stack: AsyncExitStack) -> Any:
+    """Return what a function or an async context manager yields; anything else as it is."""
+    made = found
+    if callable(made) and not isinstance(made, AbstractAsyncContextManager):
+        made = made()
+    if inspect.isawaitable(made):
+        made = await made
+    if isinstance(made, AbstractAsyncContextManager) and not isinstance(made, Worker):
+        made = await stack.enter_async_context(made)
+    return made
+
+
+async def _create_stream(client: JetStreamClient, settings: Settings) -> None:
+    """Make the stream if the settings say so: listeners start beside the relay, not after it."""
+    if settings.create_stream:
+        subjects = [f"{prefix}>" for prefix in settings.subject_prefixes]
+        await client.ensure_stream(settings.stream, [*subjects, "dlq.>"])
+
+
+def _is_listener(found: object) -> bool:
+    return isinstance(found, type) and issubclass(found, Listener)
+
+
+def _listener(
+    made: Any, name: str, client: JetStreamClient, engine: AsyncEngine, settings: Settings
+) -> Worker:
     sessions = async_sessionmaker(engine, expire_on_commit=False)
-    workers: list[Worker] = []
-    for made, name in zip(classes, names, strict=True):
-        if not (isinstance(made, type) and issubclass(made, Worker)) or made is Relay:
-            raise ConfigurationError(f"{name} is not a listener class")
-        try:
-            workers.append(made(client, sessions, settings=settings))  # type: ignore[call-arg, arg-type]
-        except TypeError as error:
-            raise ConfigurationError(
-                f"{name} cannot be made with (js_client, sessionmaker, settings=…): {error}; "
-                "use `outbox run` with a function that makes it"
-            ) from error
-    return workers
+    try:
+        worker: Worker = made(client, sessions, settings=settings)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"{name} cannot be made with (js_client, sessionmaker, settings=…): {error}; "
+            "name a function without arguments that makes it"
+        ) from error
+    return worker
 
 
 def _workers(made: object, name: str) -> list[Worker]:

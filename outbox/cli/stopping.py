@@ -49,6 +49,7 @@ async def serve(workers: Sequence[Worker], settings: Settings, asked: asyncio.Ev
         stops = (worker.stop(grace=settings.grace) for worker in workers)
         await asyncio.gather(*stops, return_exceptions=True)  # `run` raises the same errors
         await asyncio.wait(running)
-    for task in running:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            raise error
+    # Every error is looked at, or asyncio would log the others with their tracebacks.
+    errors = [task.exception() for task in running if not task.cancelled()]
+    for error in filter(None, errors):
+        raise error

@@ -16,6 +16,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.cli import options
+from outbox.embedded import EmbeddedNats
 from outbox.errors import ConfigurationError
 from outbox.jetstream.client import JetStreamClient
 from outbox.settings import Settings
@@ -49,7 +50,24 @@ async def workers():
         yield [Relay(engine, client), Print(client, async_sessionmaker(engine))]
     await engine.dispose()
 
+@asynccontextmanager
+async def listener():
+    async with workers() as made:
+        yield made[1:]
+
 nothing = 5
+"""
+HANGS = """
+import asyncio
+
+class Hang(Listener):
+    subject = "evt.test.>"
+    queue_group = "hang"
+    service_name = "test"
+
+    async def on_message(self, session, event):
+        print("hangs", flush=True)
+        await asyncio.sleep(29)
 """
 ADD = """
 import asyncio, os
@@ -143,6 +161,8 @@ def test_migrate_sql_needs_no_server_and_takes_the_schema_of_the_flag(tmp_path: 
             "refused",
         ),
         ((*RELAY, "--database-url", "mysql://x/y"), {}, 2, "postgresql+asyncpg"),
+        ((*RELAY, "--database-url", "postgres://x:port/y"), {}, 2, "must be a number"),
+        ((*RELAY, "--database-url", "postgres://x/y?sslrootcert=z"), {}, 2, "sslrootcert"),
     ],
 )
 def test_failures_are_one_line_and_an_exit_code(
@@ -205,8 +225,12 @@ def test_relay_ends_softly_at_the_first_signal(servers: dict[str, str], tmp_path
 
 @pytest.mark.parametrize(
     "command",
-    [(*OUTBOX, "listen", "workers:Print"), (*OUTBOX, "run", "workers:workers")],
-    ids=["listen", "run"],
+    [
+        (*OUTBOX, "listen", "workers:Print", "--source-service", "test"),
+        (*OUTBOX, "listen", "workers:listener"),
+        (*OUTBOX, "run", "workers:workers"),
+    ],
+    ids=["listen", "listen-made", "run"],
 )
 def test_listen_and_run_handle_events_until_sigterm(
     command: Command, servers: dict[str, str], tmp_path: Path
@@ -224,6 +248,57 @@ def test_listen_and_run_handle_events_until_sigterm(
         wait_for(lambda: f"got {event_id}" in out.read_text())
         process.send_signal(signal.SIGTERM)
         assert process.wait(ENDED_SECONDS) == 0
+
+
+def test_listen_makes_the_stream_when_the_settings_say_so(
+    database_url: str, private_nats: EmbeddedNats, tmp_path: Path
+) -> None:
+    (tmp_path / "workers.py").write_text(WORKERS)
+    settings = {
+        "OUTBOX_DATABASE_URL": database_url,
+        "OUTBOX_NATS_URL": private_nats.url,
+        "OUTBOX_CREATE_STREAM": "true",
+    }
+    run((sys.executable, "-c", ADD), tmp_path, **settings)
+    out = tmp_path / "out"
+    command = (*OUTBOX, "listen", "workers:Print")
+    with (
+        out.open("w") as target,
+        subprocess.Popen(
+            command, cwd=tmp_path, env={**os.environ, **settings}, stdout=target
+        ) as process,
+    ):
+        wait_for(lambda: "got " in out.read_text())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(ENDED_SECONDS) == 0
+
+
+def test_several_failed_workers_are_one_line(servers: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "workers.py").write_text(WORKERS)
+    missing = servers | {"OUTBOX_STREAM": "MISSING"}
+    done = run((*OUTBOX, "listen", "workers:Print"), tmp_path, **missing)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_second_signal_ends_at_once(servers: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "workers.py").write_text(WORKERS + HANGS)
+    run((sys.executable, "-c", ADD), tmp_path, **servers)
+    out = tmp_path / "out"
+    command = (*OUTBOX, "listen", "workers:Hang")
+    with (
+        out.open("w") as target,
+        subprocess.Popen(
+            command, cwd=tmp_path, env={**os.environ, **servers}, stdout=target, stderr=target
+        ) as process,
+    ):
+        wait_for(lambda: "hangs" in out.read_text())
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: "stopping" in out.read_text())
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(ENDED_SECONDS) == 128 + signal.SIGTERM
+        assert time.monotonic() - began < 5  # the grace is 10 s
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,6 @@ async def test_example_mails_once_for_each_committed_order(api: httpx.AsyncClien
     assert (await api.post("/orders", json=last)).status_code == 201
     wanted.append(last["email"])
     async with asyncio.timeout(20):
-        while len(found := (await api.get("/mails")).json()) < len(wanted):  # noqa: ASYNC110
+        while len(found := (await api.get("/mails")).json()) < len(wanted):  # noqa: ASYNC110 - HTTP  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     assert found == wanted
