@@ -121,9 +121,6 @@ class Settings(BaseSettings):
     )
     log_level: str = Field("INFO", description="level of the commands' logs")
     log_format: str = Field("console", description="'console' or 'json'")
-    metrics_port: int | None = Field(
-        None, ge=1, le=65_535, description="port of /metrics; has no effect yet"
-    )
 
     @classmethod
     def defaults(cls, **overrides: Any) -> "Settings":

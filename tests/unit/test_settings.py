@@ -46,7 +46,6 @@ def test_every_variable_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> No
         "OUTBOX_ARCHIVE_RETENTION": "3600",
         "OUTBOX_INBOX_RETENTION": "7200",
         "OUTBOX_CREATE_STREAM": "true",
-        "OUTBOX_METRICS_PORT": "9100",
     }
     texts = {name: f"value-{n}" for n, name in enumerate(variables()) if name not in values}
     for name, value in (values | texts).items():
@@ -89,7 +88,6 @@ def test_an_unknown_variable_is_refused_with_the_nearest_name(
         ),
         ({"event_bytes_max": 10}, r"event_bytes_max \(OUTBOX_EVENT_BYTES_MAX\)"),
         ({"page_rows_max": 10_001}, r"page_rows_max \(OUTBOX_PAGE_ROWS_MAX\)"),
-        ({"metrics_port": 65_536}, r"metrics_port \(OUTBOX_METRICS_PORT\)"),
         ({"lease": "soon"}, r"lease \(OUTBOX_LEASE\)"),
         ({"colour": "red"}, "colour"),
     ],
