@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 # serialization_failure, deadlock_detected, lock_not_available: nobody's failure, repeated at once
 CONTENTION = frozenset({"40001", "40P01", "55P03"})
 CONTENTION_REPEATS = 5
+DATABASE_SECONDS = 30.0  # for what the listener itself asks; a dead link answers nothing
 # connection lost, server shutting down or starting, too many connections
 _OUTAGE_CLASSES = ("08", "57P", "53")
 
@@ -69,8 +70,14 @@ class Attempt:
             Exception: whatever the handler raised; nothing was committed.
         """
         for repeat in range(CONTENTION_REPEATS + 1):
+            clock = asyncio.timeout(self.timeout.total_seconds() + DATABASE_SECONDS)
             try:
-                return await self._once(works, handle, marked=marked)
+                async with clock:
+                    return await self._once(works, handle, marked=marked)
+            except TimeoutError as error:
+                if clock.expired():
+                    raise DatabaseUnavailable("no answer in time") from error
+                raise
             except DBAPIError as error:
                 if is_outage(error):
                     raise DatabaseUnavailable(type(error.orig).__name__) from error

@@ -1,5 +1,6 @@
 """Giving up an event: inbox row, dead letter and a `dlq.` event, in one transaction."""
 
+import asyncio
 import base64
 import json
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from outbox.envelope import encode, encode_headers
 from outbox.jetstream import provisioning
 from outbox.jetstream.client import JetStreamClient
 from outbox.jetstream.pulling import Message
+from outbox.listener.attempt import DATABASE_SECONDS
 from outbox.postgres import attempts, dead_letters, inbox
 from outbox.postgres.dead_letters import DeadLetter
 from outbox.subjects import dead_letter_subject
@@ -60,7 +62,11 @@ class Undertaker:
             sqlalchemy.exc.DBAPIError: the database refused; nothing was written.
         """
         subject = await self._dead_letter_subject(given.message.subject)
-        async with self.sessionmaker() as session, session.begin():
+        async with (
+            asyncio.timeout(DATABASE_SECONDS),
+            self.sessionmaker() as session,
+            session.begin(),
+        ):
             if not await inbox.close(
                 session,
                 self.schema,

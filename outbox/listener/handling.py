@@ -26,7 +26,7 @@ from outbox.envelope import (
 )
 from outbox.errors import DatabaseUnavailable, OutboxError, Reject, Retry, shorten
 from outbox.jetstream.pulling import Message, Puller
-from outbox.listener.attempt import Attempt, Work
+from outbox.listener.attempt import DATABASE_SECONDS, Attempt, Work
 from outbox.listener.dead import GivenUp, Undertaker
 from outbox.listener.guard import TransactionEscaped
 from outbox.listener.outage import Outage
@@ -151,8 +151,18 @@ class Handling:
                 for _ in range(held):
                     self._free.release()
 
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[AsyncSession]:
+        """Begin a transaction of the listener's own, and commit it; bounded in time."""
+        async with (
+            asyncio.timeout(DATABASE_SECONDS),
+            self.attempt.sessionmaker() as session,
+            session.begin(),
+        ):
+            yield session
+
     async def _start(self, work: Work) -> attempts.Started | None:
-        async with self.attempt.sessionmaker() as session, session.begin():
+        async with self._transaction() as session:
             return await attempts.start(
                 session, self.attempt.schema, listener=self.attempt.listener, event_id=work.key
             )
@@ -234,7 +244,7 @@ class Handling:
         self, work: Work, error: Exception, text: str, *, marked: bool
     ) -> attempts.Started:
         """Count the failure, on a fresh connection: if none answers, it was an outage."""
-        async with self.attempt.sessionmaker() as session, session.begin():
+        async with self._transaction() as session:
             seen = await attempts.seen(
                 session, self.attempt.schema, listener=self.attempt.listener, event_id=work.key
             )
@@ -253,7 +263,7 @@ class Handling:
         if not marked:
             return
         with suppress(SQLAlchemyError, OSError):
-            async with self.attempt.sessionmaker() as session, session.begin():
+            async with self._transaction() as session:
                 await attempts.release(
                     session, self.attempt.schema, listener=self.attempt.listener, event_id=work.key
                 )
@@ -278,7 +288,7 @@ class Handling:
         override: bool = False,
     ) -> None:
         event = work.event
-        async with self.attempt.sessionmaker() as session:
+        async with self._transaction() as session:
             seen = await attempts.seen(
                 session, self.attempt.schema, listener=self.attempt.listener, event_id=work.key
             )

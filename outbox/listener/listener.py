@@ -28,7 +28,7 @@ from outbox.jetstream.client import JetStreamClient
 from outbox.jetstream.pulling import ConsumerGone, Message, Puller
 from outbox.lifecycle import Worker
 from outbox.listener import declaration
-from outbox.listener.attempt import Attempt, Work, is_outage
+from outbox.listener.attempt import DATABASE_SECONDS, Attempt, Work, is_outage
 from outbox.listener.dead import Undertaker
 from outbox.listener.handling import Disposition, Handling
 from outbox.listener.outage import Outage
@@ -184,7 +184,7 @@ class Listener(Worker, Generic[P_co]):
 
     async def _prepare(self) -> None:
         """Check schema, stream and consumer, and make the consumer when it is missing."""
-        async with self.sessionmaker() as session:
+        async with asyncio.timeout(DATABASE_SECONDS), self.sessionmaker() as session:
             await schema.check_version(await session.connection(), self.settings.schema_name)
         facts = await provisioning.check_stream(self.client, self.stream, [self.subject])
         self._handling.stream_created = facts.created

@@ -94,6 +94,7 @@ class Relay(Worker):
             async with driver.connection(self._engine) as (_, raw):
                 await watch.look(raw, None)
         await self.start()
+        self._awaited = True  # what ends the work is raised here, so it is not logged as well
         try:
             while True:
                 end = await self._look(watch, progress)
@@ -103,6 +104,7 @@ class Relay(Worker):
                     await self.run_out()
                 await asyncio.sleep(DRAIN_LOOK)
         finally:
+            self._awaited = False
             await self.stop()
 
     async def run_out(self) -> None:
