@@ -37,9 +37,9 @@ class Watch(Observer):
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
-            seen = [str(moment.step) for moment in self.moments]
+            seen = [str(moment.step) for moment in self.moments[-20:]]
             raise AssertionError(
-                f"{step} came {len(self.of(step))} of {count} times in {within} s; seen {seen}"
+                f"{step} came {len(self.of(step))} of {count} times in {within} s; the last were {seen}"
             ) from None
         return self.of(step)
 

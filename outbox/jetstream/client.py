@@ -41,6 +41,7 @@ _ATTEMPT_SECONDS = 3
 _RECONNECT_WAIT_SECONDS = 0.5
 _CLOSE_SECONDS = 2.0
 _REBUILD = Backoff(first=timedelta(seconds=0.1), longest=timedelta(seconds=2))
+_REFUSED = "authorization"
 _DENIED = re.compile(r'(?:publish|subscription) to "([^"]+)"', re.IGNORECASE)
 _OUTAGE = 503
 _NOT_ENABLED = frozenset({10039, 10076})  # 503 as well, but no waiting mends them
@@ -365,7 +366,8 @@ class JetStreamClient:
     async def _failed(self, error: Exception) -> None:
         """Note an error of nats-py; one raised here would kill its read loop."""
         text = self._credentials.masked(_text(error))
-        self.last_error = text
+        if not (isinstance(error, OSError) and _REFUSED in (self.last_error or "").lower()):
+            self.last_error = text  # a reset after a refusal says less than the refusal
         for subject in _DENIED.findall(text):
             if len(self.denied_subjects) < DENIED_SUBJECTS_MAX:
                 self.denied_subjects.add(subject)

@@ -26,6 +26,11 @@ SUBJECT_BYTES_MAX = 1024  # far below the 4096 of a control line, beyond which t
 _SUBJECT = re.compile(r"[^\s*>.\x00-\x1f\x7f-\U0010ffff]+(?:\.[^\s*>.\x00-\x1f\x7f-\U0010ffff]+)*")
 _HEADER_BYTES_MAX = 65_535  # error 10097 beyond
 _NOT_FOUND = 10037
+_PROBE_SECONDS = 5
+# Not: authorization, connection limits, slow consumer, shutdown; those are of the connection.
+_FRAME_REFUSED = re.compile(
+    "payload|protocol|parser|control line|header|publish subject|message size", re.IGNORECASE
+)
 
 
 class Outcome(StrEnum):
@@ -168,6 +173,14 @@ class AckInbox:
         owner = self._owner
         return owner is not None and (owner.is_closed or self._client.client is not owner)
 
+    @property
+    def refused(self) -> bool:
+        """True when that was for an error that is an answer to what was sent."""
+        error = self._client.last_error
+        return (
+            self.closed_for_good and error is not None and _FRAME_REFUSED.search(error) is not None
+        )
+
     async def open(self) -> None:
         """Subscribe on the current connection, unless that is done.
 
@@ -189,6 +202,21 @@ class AckInbox:
         self.prefix = f"{inbox}."
         self._prefix_bytes = len(self.prefix)
         self.generation = generation
+
+    async def probe(self) -> None:
+        """Return once the server answered a ping on this connection.
+
+        Raises:
+            BrokerUnavailable: it did not.
+        """
+        if not self.current or self._owner is None:
+            raise BrokerUnavailable("disconnected")
+        try:
+            await self._owner.flush(timeout=_PROBE_SECONDS)
+        except (nats.errors.Error, OSError, ValueError) as error:
+            raise BrokerUnavailable(f"no answer to a ping: {error}") from error
+        if not self.current:
+            raise BrokerUnavailable("disconnected")
 
     async def close(self) -> None:
         """End the subscription."""

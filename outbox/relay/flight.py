@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -42,6 +43,7 @@ class Flight:
     duplicates: int = 0
     no_responders: list[int] = field(default_factory=list)
     outage: str | None = None
+    sent_at: float | None = None  # monotonic; when the last piece was handed over
     _ready: list[int] = field(default_factory=list)
     _claimed: list[tuple[int, Answer]] = field(default_factory=list)  # duplicates to look up
     _suffix: dict[int, int] = field(default_factory=dict)
@@ -111,6 +113,7 @@ class Flight:
             frames = self._frames(indexes[start : start + CHUNK_ROWS])
             if frames:
                 await self.inbox.write(frames)
+                self.sent_at = time.monotonic()
                 self.sent(len(frames))
                 await asyncio.sleep(0)  # the flusher's turn
 
@@ -182,11 +185,18 @@ class Flight:
         self.confirmed.append((self.page.rows[index].id, sequence, stream))
         self._decide(index, State.CONFIRMED)
 
-    def fail(self, index: int, error: str, *, counted: bool) -> None:
+    def fail(
+        self,
+        index: int,
+        error: str,
+        *,
+        counted: bool,
+        reason: DeadReason = DeadReason.ATTEMPTS,
+    ) -> None:
         """Have row `index` wait, or give it up when its attempts are spent."""
         attempts = self.page.rows[index].attempts + counted
         if counted and attempts >= self.attempts_max:
-            self._bury(index, DeadReason.ATTEMPTS, error, attempts=attempts)
+            self._bury(index, reason, error, attempts=attempts)
             return
         self.verdicts[index] = Verdict(
             error, attempts, counted=counted, republished=self._suffix.get(index)

@@ -21,6 +21,7 @@ from outbox.jetstream.publishing import AckInbox
 from outbox.postgres import driver, pending
 from outbox.postgres.driver import Driver
 from outbox.postgres.pending import Read, Row
+from outbox.relay.caution import AT_ONCE, Caution, Suspicion
 from outbox.relay.flight import Flight
 from outbox.relay.floor import Floor
 from outbox.relay.held import Blocked, HeldRows
@@ -28,6 +29,7 @@ from outbox.relay.lease import Lease
 from outbox.relay.outage import Outage
 from outbox.relay.page import Page, State
 from outbox.relay.settling import Settled, Settler
+from outbox.relay.verdict import DeadReason
 from outbox.settings import Settings
 from outbox.telemetry import Moment, Observer, Step
 
@@ -35,8 +37,6 @@ logger = logging.getLogger(__name__)
 SWEEP = timedelta(seconds=30)
 IDLE_FIRST = 0.002
 WAITING_CHECK = 0.5
-REBUILDS_MAX = 2  # with the same page in flight, before its rows are sent one by one
-DISCONNECTS_MAX = 6  # in a row with the same event alone in flight, before it is blamed
 STREAMS_MAX = 1000  # subjects whose stream is remembered
 
 
@@ -72,7 +72,9 @@ class Lane:
         self._settling: asyncio.Task[None] | None = None
         self._token = 0
         self._streams: dict[str, str] = {}
-        self._suspects = 0  # times that the connection was closed for good with a page in flight
+        self._pending = Caution()
+        self._waiting = Caution()
+        self._suspicion = Suspicion()
         self._swept = time.monotonic()
         self.below_floor = 0  # rows that were found below the floor; must stay 0
         self.acked_at: float | None = None  # monotonic
@@ -130,7 +132,10 @@ class Lane:
         """Return whether frames can be sent; wait a little when not."""
         try:
             await self._inbox.open()
+            if self._pending.closes or self._waiting.closes or self._suspicion.hang_ups:
+                await self._inbox.probe()  # a close after this answers what is sent next
         except BrokerUnavailable as error:
+            self._suspicion.clear()
             await self._back_off(str(error))
             return False
         return True
@@ -167,10 +172,12 @@ class Lane:
         if not read.rows:
             return False
         self._observer.on_step(Moment(Step.READ, "relay", count=len(read.rows)))
-        if self._suspects < REBUILDS_MAX:  # else one at a time
+        rows = read.rows
+        if self._pending.cap:
+            rows = rows[: self._pending.cap]
+        else:
             self._reading = asyncio.create_task(self._read(reader))
-        rows = read.rows if self._suspects < REBUILDS_MAX else read.rows[:1]
-        flight = await self._fly(Page(rows, self._blocked.keys), rows)
+        flight = await self._fly(Page(rows, self._blocked.keys), rows, self._pending)
         self._note_blocked(flight)
         await self._settled()
         partial = len(rows) < len(read.rows)
@@ -264,8 +271,10 @@ class Lane:
         rows, behind = await held.due()
         if not rows and not behind:
             return
+        if self._waiting.cap:
+            rows = rows[: self._waiting.cap]
         page = Page(rows, ())
-        flight = await self._fly(page, rows)
+        flight = await self._fly(page, rows, self._waiting)
         held.hold_behind(page, behind)
         await settler.settle(flight, "waiting")
         self._note_blocked(flight)
@@ -275,7 +284,7 @@ class Lane:
 
     # --- both --------------------------------------------------------------------------------
 
-    async def _fly(self, page: Page, rows: list[Row]) -> Flight:
+    async def _fly(self, page: Page, rows: list[Row], caution: Caution) -> Flight:
         self.unanswered_since = self.unanswered_since or time.monotonic()
         flight = Flight(
             page,
@@ -291,8 +300,16 @@ class Lane:
         )
         self._token += len(rows)
         await flight.run()
+        refused = self._inbox.refused  # while the error is known: a new connection forgets it
+        at_once = flight.sent_at is not None and time.monotonic() - flight.sent_at <= AT_ONCE
+        disconnected = flight.outage is not None and not self._inbox.current
         await self._explain(flight)
-        self._watch(flight, alone=len(rows) == 1)
+        if disconnected:
+            self._watch_close(flight, caution, refused=refused, at_once=at_once)
+        elif flight.outage is None:
+            caution.passed(self._settings.page_rows_max)
+        if not disconnected and any(row.id == self._suspicion.id for row in rows):
+            self._suspicion.clear()
         self._observer.on_step(Moment(Step.CONFIRMED, "relay", count=len(flight.confirmed)))
         if flight.duplicates:
             self._observer.on_step(Moment(Step.DUPLICATE, "relay", count=flight.duplicates))
@@ -305,20 +322,32 @@ class Lane:
     def _told_sent(self) -> Callable[[int], None]:
         return lambda count: self._observer.on_step(Moment(Step.SENT, "relay", count=count))
 
-    def _watch(self, flight: Flight, *, alone: bool) -> None:
-        """Find the row on which the server closes the connection, by sending one at a time."""
-        if flight.outage is None:
-            self._suspects = 0
-            return
+    def _watch_close(
+        self, flight: Flight, caution: Caution, *, refused: bool, at_once: bool
+    ) -> None:
+        """Find the row on which the server closes the connection, by sending fewer at a time.
+
+        The server may hang up before its error line is read; then it looks like a restart, and only
+        that it comes at once, each time, after a connection that answered, tells them apart.
+        """
         unknown = flight.page.having(State.UNKNOWN)
-        if not unknown or self._inbox.current:
+        if not unknown or flight.sent_at is None:
             return
-        # The server may hang up before its error line is read; then it looks like a restart.
-        self._suspects += 1
-        limit = REBUILDS_MAX if self._inbox.closed_for_good else DISCONNECTS_MAX
-        if alone and self._suspects > limit:
+        caution.closed()
+        if len(flight.page.rows) > 1:
+            return
+        if not at_once:
+            self._suspicion.clear()
+            return
+        row = flight.page.rows[unknown[0]]
+        if self._suspicion.hung_up(row.id, refused=refused, closes=caution.closes):
             flight.page.undecided += 1
-            flight.fail(unknown[0], "the server closed the connection on it", counted=True)
+            flight.fail(
+                unknown[0],
+                "the server closed the connection on it",
+                counted=True,
+                reason=DeadReason.CLOSES_CONNECTION,
+            )
 
     async def _explain(self, flight: Flight) -> None:
         """Tell an outage from a subject that no stream takes, or that we may not publish to."""
