@@ -39,7 +39,7 @@ class Watch(Observer):
         except TimeoutError:
             seen = [str(moment.step) for moment in self.moments[-20:]]
             raise AssertionError(
-                f"{step} came {len(self.of(step))} of {count} times in {within} s; the last were {seen}"
+                f"{step} came {len(self.of(step))} of {count} times in {within} s; last: {seen}"
             ) from None
         return self.of(step)
 
