@@ -151,12 +151,13 @@ def encode(
 
     `event_id` and `subject` were checked, so neither needs escaping.
     """
+    correlation = f'"{event_id}"' if correlation_id is event_id else _quote(correlation_id)
     head = (
         f'{{"event_id":"{event_id}","event_type":"{subject}",'
-        f'"correlation_id":{_quote(correlation_id)},"source_service":{_quote(source_service)},'
+        f'"correlation_id":{correlation},"source_service":{_quote(source_service)},'
         f'"timestamp":"{_now()}","data":'
     )
-    return b"".join((head.encode(), data, b',"metadata":', metadata, b"}"))
+    return b'%b%b,"metadata":%b}' % (head.encode(), data, metadata)
 
 
 _second = (0, "")

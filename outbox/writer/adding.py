@@ -100,8 +100,8 @@ class Outbox:
         if deliver_at is not None:
             deliver_at = subjects.check_deliver_at(deliver_at)
         running = context.running.get()
-        correlation = _correlation(correlation_id, text)
-        lines = _header_lines(key, headers)
+        correlation = _correlation(correlation_id, running, text)
+        lines = _header_lines(key, headers) if headers is not None or key is not None else b""
         data = encode_payload(payload)
         more = _metadata(metadata) if metadata is not None or running else _NO_METADATA
         body = encode(
@@ -181,11 +181,13 @@ def _place(schema: str) -> Place:
     return Place(schema)
 
 
-def _correlation(given: str | None, event_id: str) -> str:
-    if given is None:
-        given = context.current_correlation_id()
-        return event_id if given is None else given
-    return subjects.check_text("correlation_id", given)
+def _correlation(given: str | None, running: context.Running | None, event_id: str) -> str:
+    if given is not None:
+        return subjects.check_text("correlation_id", given)
+    by_hand = context.correlation_id.get()
+    if by_hand is not None:
+        return by_hand
+    return event_id if running is None else running.correlation_id
 
 
 def _header_lines(key: str | None, headers: Mapping[str, str] | None) -> bytes:

@@ -53,7 +53,7 @@ def test_demo_shows_one_effect_for_each_commit(tmp_path: Path) -> None:
     assert "OK:" in done.stdout
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ties a child to its parent's end")
+@pytest.mark.linux  # only Linux ties a child to its parent's end
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_demo_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
     marked = {**os.environ, "DEMO_OF": str(tmp_path)}
