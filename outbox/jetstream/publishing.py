@@ -27,9 +27,12 @@ _SUBJECT = re.compile(r"[^\s*>.\x00-\x1f\x7f-\U0010ffff]+(?:\.[^\s*>.\x00-\x1f\x
 _HEADER_BYTES_MAX = 65_535  # error 10097 beyond
 _NOT_FOUND = 10037
 _PROBE_SECONDS = 5
-# Not: authorization, connection limits, slow consumer, shutdown; those are of the connection.
-_FRAME_REFUSED = re.compile(
-    "payload|protocol|parser|control line|header|publish subject|message size", re.IGNORECASE
+# Errors of the connection, whatever was sent on it. A refused frame's own error is often lost: the
+# reset that follows it takes its place.
+_NOT_THE_FRAME = re.compile(
+    "authori[sz]ation|authentication|expired|account|maximum connections|slow consumer|shutdown"
+    "|stale|revoked|subscriptions|secure",
+    re.IGNORECASE,
 )
 
 
@@ -175,11 +178,11 @@ class AckInbox:
 
     @property
     def refused(self) -> bool:
-        """True when that was for an error that is an answer to what was sent."""
-        error = self._client.last_error
-        return (
-            self.closed_for_good and error is not None and _FRAME_REFUSED.search(error) is not None
-        )
+        """True when that may be the answer to what was sent, not the connection's own end."""
+        if not self.closed_for_good or self._owner is None:
+            return False
+        told = f"{self._owner.last_error or ''} {self._client.last_error or ''}"
+        return _NOT_THE_FRAME.search(told) is None
 
     async def open(self) -> None:
         """Subscribe on the current connection, unless that is done.
