@@ -183,7 +183,6 @@ class _Defaults(Settings):
 
     @classmethod
     @override
-    @override
     def settings_customise_sources(
         cls,
         settings_cls: type[BaseSettings],

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from outbox import context
 from outbox.envelope import EventEnvelope
-from outbox.errors import DatabaseUnavailable, HandlerError
+from outbox.errors import DatabaseUnavailable, HandlerError, OutboxError
 from outbox.listener.guard import Guard, TransactionBroken, TransactionEscaped
 from outbox.postgres import attempts, inbox
 from outbox.telemetry import Moment, Observer, Step
@@ -29,6 +29,10 @@ CONTENTION_REPEATS = 5
 DATABASE_SECONDS = 30.0  # for what the listener itself asks; a dead link answers nothing
 # connection lost, server shutting down or starting, too many connections
 _OUTAGE_CLASSES = ("08", "57P", "53")
+
+
+class InHand(OutboxError):  # noqa: N818 - internal
+    """Another transaction records the same event and stays open; nothing was spent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ class Attempt:
         Raises:
             TransactionEscaped: the handler ended the transaction by SQL.
             DatabaseUnavailable: nobody's failure.
+            InHand: another instance is at one of the events.
             Exception: whatever the handler raised; nothing was committed.
         """
         for repeat in range(CONTENTION_REPEATS + 1):
@@ -93,10 +98,7 @@ class Attempt:
         marked: bool,
     ) -> int:
         async with self.sessionmaker() as session:
-            try:
-                new, xid = await self._record(session, works)
-            except (OSError, PoolTimeout) as error:  # what the handler raises of these is its own
-                raise DatabaseUnavailable(type(error).__name__) from error
+            new, xid = await self._recorded(session, works)
             if xid is None:
                 return 0
             connection = (await session.connection()).sync_connection
@@ -115,6 +117,21 @@ class Attempt:
                 await session.commit()
             self._tell(Step.COMMITTED, new)
             return len(new)
+
+    async def _recorded(
+        self, session: AsyncSession, works: Sequence[Work]
+    ) -> tuple[list[Work], str | None]:
+        """Record in a fresh transaction; what goes wrong here is never the handler's failure."""
+        for _ in range(CONTENTION_REPEATS + 1):
+            try:
+                return await self._record(session, works)
+            except (OSError, PoolTimeout) as error:  # what the handler raises of these is its own
+                raise DatabaseUnavailable(type(error).__name__) from error
+            except DBAPIError as error:
+                if sqlstate(error) not in CONTENTION:
+                    raise
+            await session.rollback()
+        raise InHand("another transaction records the event")
 
     async def _record(
         self, session: AsyncSession, works: Sequence[Work]

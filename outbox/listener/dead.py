@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,6 +25,8 @@ from outbox.writer import PendingEvent, enqueue
 BODY_BYTES_MAX = 64 * 1024  # of the original, in the `dlq.` event; the row keeps all
 _NAMESPACE = UUID("7c0e5b6a-57a4-5d1f-9a62-0f6f4f0d5a11")
 _DEAD_LETTER = "dlq."
+_SUBJECT = re.compile(r"[A-Za-z0-9_.-]{1,255}")
+SUBJECTS_MAX = 1000  # remembered; a wildcard may match any number
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ class Undertaker:
             self.sessionmaker() as session,
             session.begin(),
         ):
+            await attempts.forget(session, self.schema, listener=self.listener, event_id=given.key)
             if not await inbox.close(
                 session,
                 self.schema,
@@ -76,7 +80,6 @@ class Undertaker:
                 override=given.override,
             ):
                 return False
-            await attempts.forget(session, self.schema, listener=self.listener, event_id=given.key)
             number = await dead_letters.insert(session, self.schema, self._letter(given))
             if subject is not None and not given.discarded:
                 event = self._event(given, subject, number)
@@ -88,7 +91,11 @@ class Undertaker:
         if subject.startswith(_DEAD_LETTER):
             return None
         target = dead_letter_subject(subject)
+        if not _SUBJECT.fullmatch(target):
+            return None  # NATS takes nearly any bytes; what we publish is plain
         if target not in self._captured:
+            if len(self._captured) >= SUBJECTS_MAX:
+                self._captured.clear()
             streams = await provisioning.streams_for(self.client, target)
             self._captured[target] = bool(streams)
         return target if self._captured[target] else None

@@ -1,5 +1,6 @@
 """What a listener class declares, checked when the class is made."""
 
+import math
 import re
 import types
 from collections.abc import Mapping
@@ -80,6 +81,8 @@ def _check_text(where: str, name: str, value: object) -> None:
 def _check_duration(where: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float | timedelta):
         raise TypeError(f"{where} must be a timedelta or seconds, not {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"{where} must be a finite number of seconds, not {value}")
     if duration(value) <= timedelta(0):
         raise TypeError(f"{where} must be above 0 seconds")
 

@@ -26,7 +26,7 @@ from outbox.envelope import (
 )
 from outbox.errors import DatabaseUnavailable, OutboxError, Reject, Retry, shorten
 from outbox.jetstream.pulling import Message, Puller
-from outbox.listener.attempt import DATABASE_SECONDS, Attempt, Work
+from outbox.listener.attempt import DATABASE_SECONDS, Attempt, InHand, Work
 from outbox.listener.dead import GivenUp, Undertaker
 from outbox.listener.guard import TransactionEscaped
 from outbox.listener.outage import Outage
@@ -35,6 +35,8 @@ from outbox.postgres.dead_letters import printable
 from outbox.telemetry import Moment, Step
 
 logger = logging.getLogger(__name__)
+
+IN_HAND_ELSEWHERE = timedelta(seconds=2)  # when to look again
 
 
 class Disposition(StrEnum):
@@ -61,6 +63,7 @@ class Handling:
     max_attempts: int
     backoff: Backoff
     concurrency: int
+    begun: Callable[[Message], None]  # a handler is about to run on it
     stopping: asyncio.Event
     stream_created: str = ""  # tells a stream from one of the same name made later
     _free: asyncio.Semaphore = field(init=False)
@@ -92,8 +95,8 @@ class Handling:
         key = inbox_key(event.event_id)
         try:
             event = self._with_payload(event)
-        except ValidationError as error:
-            text = _summary(error)
+        except Exception as error:  # noqa: BLE001 - a model's own validators raise anything
+            text = _summary(error) if isinstance(error, ValidationError) else type(error).__name__
             await self._give_up(puller, message, Work(event, key), "invalid_payload", text)
             return
         await self._work(puller, message, Work(event, key))
@@ -122,16 +125,26 @@ class Handling:
                 else:
                     await self._try(puller, message, work, marked=False)
             return
-        started = await self._start(work)
-        if started is None:
-            await self._known(puller, message)
-            return
-        if started.unfinished + started.failed >= self.max_attempts:
-            error = f"{started.failed} failures and {started.unfinished} starts without an end"
+        await self._again(puller, message, work)
+
+    async def _again(self, puller: Puller, message: Message, work: Work) -> None:
+        """Handle an event that may have been tried before.
+
+        Its start is marked only once it has its place. Marked while it waits, it would be taken
+        for the cause when another one kills the process, and be given up together with that one.
+        """
+        seen = await self._seen(work)
+        if seen.spent >= self.max_attempts:
+            error = f"{seen.failed} failures and {seen.unfinished} starts without an end"
             await self._give_up(puller, message, work, "attempts", error)
             return
-        async with self._alone_or_not(alone=started.unfinished > 0):
-            await self._try(puller, message, work, marked=True)
+        async with self._alone_or_not(alone=seen.unfinished > 0):
+            if self.stopping.is_set():
+                await puller.nak(message)
+            elif await self._start(work) is None:
+                await self._known(puller, message)
+            else:
+                await self._try(puller, message, work, marked=True)
 
     @asynccontextmanager
     async def _alone_or_not(self, *, alone: bool) -> AsyncIterator[None]:
@@ -167,11 +180,22 @@ class Handling:
                 session, self.attempt.schema, listener=self.attempt.listener, event_id=work.key
             )
 
+    async def _seen(self, work: Work) -> attempts.Started:
+        async with self._transaction() as session:
+            return await attempts.seen(
+                session, self.attempt.schema, listener=self.attempt.listener, event_id=work.key
+            )
+
     async def _try(self, puller: Puller, message: Message, work: Work, *, marked: bool) -> None:
+        self.begun(message)
         try:
             new = await self.attempt.run([work], self.handle, marked=marked)
         except TransactionEscaped as error:
             await self._escaped(puller, message, work, error)
+            return
+        except InHand:
+            await self._release(work, marked=marked)
+            await puller.nak(message, IN_HAND_ELSEWHERE)
             return
         except (DatabaseUnavailable, asyncio.CancelledError):
             await self._release(work, marked=marked)
@@ -188,6 +212,7 @@ class Handling:
         if new:
             await self._ack(puller, message)
         else:
+            await self._unmark(work, marked=marked)
             await self._known(puller, message)
 
     async def _escaped(
@@ -213,7 +238,8 @@ class Handling:
             )
             return
         seen = await self._count(work, error, text, marked=marked)
-        if seen.failed + seen.unfinished >= self.max_attempts:
+        self.outage.ended()  # the database answers
+        if seen.spent >= self.max_attempts:
             await self._give_up(puller, message, work, "attempts", text)
             return
         delay = self._delay(error, seen.failed)
@@ -228,12 +254,12 @@ class Handling:
         try:
             answer = self.on_error(error, work.event)
             decided = await answer if inspect.isawaitable(answer) else answer
+            if isinstance(decided, bool):
+                return Disposition.DISCARD if decided else Disposition.RETRY
+            return Disposition.RETRY if decided is None else Disposition(decided)
         except Exception:  # the user's code: what it would have decided is not known
             logger.exception("on_error failed", extra={"listener": self.attempt.listener})
             return Disposition.RETRY
-        if isinstance(decided, bool):
-            return Disposition.DISCARD if decided else Disposition.RETRY
-        return Disposition.RETRY if decided is None else decided
 
     def _delay(self, error: Exception, failed: int) -> timedelta:
         if isinstance(error, Retry) and error.after is not None:
@@ -268,6 +294,15 @@ class Handling:
                     session, self.attempt.schema, listener=self.attempt.listener, event_id=work.key
                 )
 
+    async def _unmark(self, work: Work, *, marked: bool) -> None:
+        """Delete the start mark of an event that another copy has finished meanwhile."""
+        if not marked:
+            return
+        async with self._transaction() as session:
+            await attempts.forget(
+                session, self.attempt.schema, listener=self.attempt.listener, event_id=work.key
+            )
+
     async def _ack(self, puller: Puller, message: Message) -> None:
         await puller.ack(message)
         self.tell(Step.ACKED, message)
@@ -288,10 +323,7 @@ class Handling:
         override: bool = False,
     ) -> None:
         event = work.event
-        async with self._transaction() as session:
-            seen = await attempts.seen(
-                session, self.attempt.schema, listener=self.attempt.listener, event_id=work.key
-            )
+        seen = await self._seen(work)
         given = GivenUp(
             message,
             work.key,
@@ -299,7 +331,7 @@ class Handling:
             event.key,
             reason,
             error,
-            max(seen.failed + seen.unfinished, 1),
+            max(seen.spent, 1),
             created_at=event.timestamp,
             correlation_id=event.correlation_id,
             discarded=discarded,

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar, Generic
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, Generic
 from pydantic import TypeAdapter
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.pool import QueuePool
 from typing_extensions import override
 
 from outbox.backoff import Backoff
@@ -39,6 +41,7 @@ from outbox.telemetry import Observer, Step
 logger = logging.getLogger(__name__)
 
 PREFETCH_BYTES = 16 * 1_048_576
+AFTER_LOSS = timedelta(seconds=0.2)  # before a vanished consumer is made again
 _running: dict[tuple[int, str, str], str] = {}  # client, stream, identity: subject
 
 
@@ -93,6 +96,8 @@ class Listener(Worker, Generic[P_co]):
         self.sessionmaker = sessionmaker
         self.observer = observer or Observer()
         self._outage = Outage(self.identity, self.observer)
+        self._places = self._limited()
+        self._beats_end: dict[int, float] = {}  # of what a handler runs on, by loop time
         self._handling = self._make_handling()
         self._in_hand: dict[int, Message] = {}
         self._prepared = False
@@ -117,10 +122,22 @@ class Listener(Worker, Generic[P_co]):
             adapter=self._adapter,
             max_attempts=self.max_attempts,
             backoff=self._backoff,
-            concurrency=self.concurrency,
+            concurrency=self._places,
+            begun=self._beat_until_timeout,
             stopping=self.stopping,
             **more,
         )
+
+    def _limited(self) -> int:
+        """Return how many handlers may run at once: no more than connections can be had."""
+        room = _pool_room(self.sessionmaker)
+        if room is None or room >= self.concurrency:
+            return self.concurrency
+        logger.warning(
+            "concurrency is limited by the connection pool",
+            extra={"listener": self.identity, "wanted": self.concurrency, "pool": room},
+        )
+        return room
 
     # ---- what a subclass writes ---------------------------------------------------------------
 
@@ -158,9 +175,11 @@ class Listener(Worker, Generic[P_co]):
             while not self.stopping.is_set():
                 try:
                     await self._prepare()
+                    self._outage.ended()
                     await self._consume()
                 except ConsumerGone:
                     logger.warning("the consumer is gone", extra={"listener": self.identity})
+                    await self.pause(AFTER_LOSS)
                 except (OutboxError, SQLAlchemyError, OSError) as error:
                     if not self._prepared and not _is_nobodys(error):
                         raise  # wrong configuration at start; later it is an outage like others
@@ -222,7 +241,7 @@ class Listener(Worker, Generic[P_co]):
             raise gone
 
     def _prefetch(self) -> int:
-        return self.concurrency
+        return self._places
 
     async def _feed(
         self, puller: Puller, tasks: asyncio.TaskGroup, stopped: "asyncio.Task[bool]"
@@ -257,16 +276,27 @@ class Listener(Worker, Generic[P_co]):
 
     def _put_down(self, puller: Puller, message: Message) -> None:
         self._in_hand.pop(id(message), None)
+        self._beats_end.pop(id(message), None)
         if len(self._in_hand) < self._prefetch() and not self.stopping.is_set():
             puller.resume()
 
     async def _beat(self, puller: Puller) -> None:
-        """Tell the broker that what is in hand is worked on; each handler ends at `timeout`."""
+        """Tell the broker that what is in hand is worked on, or waits; not beyond `timeout`."""
         interval = declaration.duration(self.ack_wait).total_seconds() / 3
         while True:
             await asyncio.sleep(interval)
+            now = asyncio.get_running_loop().time()
             for message in list(self._in_hand.values()):
-                await puller.in_progress(message)
+                if now < self._beats_end.get(id(message), math.inf):
+                    await puller.in_progress(message)
+
+    def _beat_until_timeout(self, message: Message) -> None:
+        """End the heartbeats with the handler's time: one that cannot be stopped is given away."""
+        seconds = declaration.duration(self.timeout).total_seconds()
+        self._beats_end[id(message)] = asyncio.get_running_loop().time() + seconds
+
+    def _beat_on(self, message: Message) -> None:
+        self._beats_end.pop(id(message), None)
 
 
 def _is_nobodys(error: Exception) -> bool:
@@ -274,6 +304,15 @@ def _is_nobodys(error: Exception) -> bool:
     if isinstance(error, SQLAlchemyError):
         return not isinstance(error, DBAPIError) or is_outage(error)
     return isinstance(error, BrokerUnavailable | DatabaseUnavailable | OSError)
+
+
+def _pool_room(sessions: async_sessionmaker[AsyncSession]) -> int | None:
+    """Return how many connections the sessions' pool may open, None when nobody can tell."""
+    pool = getattr(getattr(sessions, "kw", {}).get("bind"), "pool", None)
+    if not isinstance(pool, QueuePool):
+        return None
+    overflow = int(getattr(pool, "_max_overflow", -1))
+    return None if overflow < 0 or pool.size() == 0 else pool.size() + overflow
 
 
 async def _first(puller: Puller, stopped: "asyncio.Task[bool]") -> Message | None:

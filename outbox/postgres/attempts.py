@@ -4,6 +4,7 @@ A first delivery writes nothing here. A redelivered event gets a start mark befo
 runs, so that a handler that kills its process is counted although nobody is left to count it.
 """
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import NamedTuple
 from uuid import UUID
@@ -18,6 +19,11 @@ class Started(NamedTuple):
 
     unfinished: int  # earlier starts without an end
     failed: int
+
+    @property
+    def spent(self) -> int:
+        """What is compared with `max_attempts`."""
+        return self.unfinished + self.failed
 
 
 START = """
@@ -50,6 +56,11 @@ WHERE listener = CAST(:listener AS text) AND event_id = CAST(:event_id AS uuid)
 SEEN = """
 SELECT started, failed FROM {schema}.attempt
 WHERE listener = CAST(:listener AS text) AND event_id = CAST(:event_id AS uuid)
+"""
+
+AMONG = """
+SELECT event_id FROM {schema}.attempt
+WHERE listener = CAST(:listener AS text) AND event_id = ANY(CAST(:event_ids AS uuid[]))
 """
 
 
@@ -101,3 +112,11 @@ async def seen(session: AsyncSession, schema: str, *, listener: str, event_id: U
     values = {"listener": listener, "event_id": event_id}
     row = (await session.execute(statement(schema, SEEN), values)).one_or_none()
     return Started(0, 0) if row is None else Started(row[0], row[1])
+
+
+async def among(
+    session: AsyncSession, schema: str, *, listener: str, event_ids: Sequence[UUID]
+) -> set[UUID]:
+    """Return those of `event_ids` that were tried before without an end."""
+    values = {"listener": listener, "event_ids": list(event_ids)}
+    return set((await session.execute(statement(schema, AMONG), values)).scalars())

@@ -11,18 +11,26 @@ from outbox.postgres.tables import statement
 # A transaction whose commit is followed by an ack must be on disk, so it raises synchronous_commit
 # for itself. The bare ON CONFLICT and RETURNING of a function need the INSERT privilege alone. A
 # second INSERT of the same key waits for the first transaction to end.
+# It also waits for no more than a moment while another transaction records the same event; the
+# lock_timeout that the handler finds is its own again, put back once the row is written.
+_WAIT = """
+WITH own AS MATERIALIZED (
+  SELECT current_setting('lock_timeout') AS lock_timeout,
+         set_config('lock_timeout', '2s', true) AS changed
+)"""
+_RESTORED = "(SELECT set_config('lock_timeout', own.lock_timeout, true) FROM own) AS restored"
 _SYNCHRONOUS = """(SELECT CASE WHEN current_setting('synchronous_commit') = 'off'
         THEN set_config('synchronous_commit', 'on', true) ELSE '' END) IS NOT NULL"""
 RECORD = f"""
-INSERT INTO {{schema}}.inbox (listener, event_id)
-SELECT CAST(:listener AS text), CAST(:event_id AS uuid) WHERE {_SYNCHRONOUS}
-ON CONFLICT DO NOTHING RETURNING CAST(pg_current_xact_id() AS text)
-"""
+{_WAIT} INSERT INTO {{schema}}.inbox (listener, event_id)
+SELECT CAST(:listener AS text), CAST(:event_id AS uuid) FROM own WHERE {_SYNCHRONOUS}
+ON CONFLICT DO NOTHING RETURNING CAST(pg_current_xact_id() AS text), {_RESTORED}
+"""  # noqa: S608 - no value is built in
 RECORD_MANY = f"""
-INSERT INTO {{schema}}.inbox (listener, event_id)
-SELECT CAST(:listener AS text), e FROM unnest(CAST(:event_ids AS uuid[])) AS e
+{_WAIT} INSERT INTO {{schema}}.inbox (listener, event_id)
+SELECT CAST(:listener AS text), e FROM own, unnest(CAST(:event_ids AS uuid[])) AS e
 WHERE {_SYNCHRONOUS} ORDER BY e
-ON CONFLICT DO NOTHING RETURNING event_id, CAST(pg_current_xact_id() AS text)
+ON CONFLICT DO NOTHING RETURNING event_id, CAST(pg_current_xact_id() AS text), {_RESTORED}
 """  # noqa: S608 - no value is built in
 CURRENT = "SELECT CAST(pg_current_xact_id_if_assigned() AS text)"
 # `override` closes an event whose inbox row a handler committed on its own.
@@ -34,7 +42,14 @@ ON CONFLICT (listener, event_id) DO UPDATE SET outcome = excluded.outcome, proce
   WHERE i.outcome = 'handled' AND CAST(:override AS boolean)
 RETURNING true
 """
+# An attempt row outlives its event when a consumer was made again; it goes with the inbox row.
 PRUNE = """
+WITH attempts AS (
+  DELETE FROM {schema}.attempt WHERE ctid = ANY(ARRAY(
+    SELECT ctid FROM {schema}.attempt
+    WHERE updated_at < now() - CAST(:older_than AS interval) LIMIT CAST(:limit AS int)
+  ))
+)
 DELETE FROM {schema}.inbox WHERE ctid = ANY(ARRAY(
   SELECT ctid FROM {schema}.inbox
   WHERE processed_at < now() - CAST(:older_than AS interval) LIMIT CAST(:limit AS int)
@@ -47,13 +62,16 @@ async def record(
 ) -> str | None:
     """Record an event as handled by `listener`; return the transaction's xid, None if known.
 
-    It waits while another transaction that records the same event is open.
+    It waits up to 2 s while another transaction that records the same event is open.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: 55P03 when that transaction stays open.
     """
     found = await session.execute(
         statement(schema, RECORD), {"listener": listener, "event_id": event_id}
     )
-    xid: str | None = found.scalar_one_or_none()
-    return xid
+    row = found.one_or_none()
+    return None if row is None else str(row[0])
 
 
 async def record_many(

@@ -2,9 +2,6 @@
 
 import asyncio
 import json
-import signal
-import sys
-from pathlib import Path
 from uuid import uuid4
 
 import pytest
@@ -15,26 +12,9 @@ from outbox.jetstream.client import JetStreamClient
 from outbox.telemetry import Step
 from tests.faults import Watch
 from tests.guarantees.listener_child import Effect
+from tests.servers.children import killed
 
-ROOT = Path(__file__).parents[2]
 EVENTS = 40
-
-
-async def die_at(database_url: str, nats_url: str, step: Step, nth: int) -> None:
-    """Run a listener in a child process until it has killed itself."""
-    child = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "tests.guarantees.listener_child", database_url, nats_url, step, str(nth)),
-        cwd=ROOT,
-    )
-    try:
-        async with asyncio.timeout(30):
-            code = await child.wait()
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.wait()
-    assert code == -signal.SIGKILL
 
 
 async def publish_all(client: JetStreamClient) -> list[str]:
@@ -95,7 +75,7 @@ async def test_crash_at_any_step_leaves_one_effect_per_event(
     async with engine.begin() as connection:
         await connection.execute(text("CREATE TABLE effect (event_id text)"))
     ids = await publish_all(js_client)
-    await die_at(database_url, nats_server, step, nth)
+    await killed("tests.guarantees.listener_child", database_url, nats_server, step, str(nth))
     watch = Watch()
     async with Effect(js_client, sessionmaker, observer=watch):
         await watch.until(Step.ACKED)

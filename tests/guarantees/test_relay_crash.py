@@ -1,10 +1,5 @@
 """A relay that dies at any step loses no event, publishes none that was rolled back."""
 
-import asyncio
-import signal
-import sys
-from pathlib import Path
-
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -12,26 +7,8 @@ from outbox.jetstream.client import JetStreamClient
 from outbox.relay import Relay
 from outbox.settings import Settings
 from outbox.telemetry import Step
+from tests.servers.children import killed
 from tests.servers.events import count, insert, published
-
-ROOT = Path(__file__).parents[2]
-
-
-async def die_at(database_url: str, nats_url: str, step: Step, nth: int) -> None:
-    """Run a relay in a child process until it has killed itself."""
-    child = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "tests.guarantees.relay_child", database_url, nats_url, step, str(nth)),
-        cwd=ROOT,
-    )
-    try:
-        async with asyncio.timeout(30):
-            code = await child.wait()
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.wait()
-    assert code == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("nth", [1, 3])
@@ -49,7 +26,7 @@ async def test_crash_at_any_step_loses_nothing_and_stores_each_event_once(
 ) -> None:
     keys = [f"k{n % 7}" if n % 3 else None for n in range(450)]
     ids = await insert(engine, keys)
-    await die_at(database_url, nats_server, step, nth)
+    await killed("tests.guarantees.relay_child", database_url, nats_server, step, str(nth))
     drained = await Relay(engine, js_client, settings=Settings.defaults(lease=6)).drain()
     assert drained.complete
     stored = await published(js_client, stream)
