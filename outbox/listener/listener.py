@@ -207,6 +207,8 @@ class Listener(Worker, Generic[P_co]):
             await schema.check_version(await session.connection(), self.settings.schema_name)
         facts = await provisioning.check_stream(self.client, self.stream, [self.subject])
         self._handling.stream_created = facts.created
+        if not self._prepared:
+            self._warn_of_short_memory(facts.max_age)
         await provisioning.ensure_consumer(
             self.client,
             stream=self.stream,
@@ -216,6 +218,24 @@ class Listener(Worker, Generic[P_co]):
             max_ack_pending=max(1000, 4 * self._prefetch()),
         )
         self._prepared = True
+
+    def _warn_of_short_memory(self, max_age: timedelta | None) -> None:
+        """Say so when the stream may deliver again what the inbox has forgotten.
+
+        A message may be as old as the publisher's archive when it is published once more.
+        """
+        archived = self.settings.archive_retention or timedelta(0)
+        if max_age is not None and max_age + archived <= self.settings.inbox_retention:
+            return
+        logger.warning(
+            "the inbox forgets before the stream does: an old event could take effect twice; "
+            "raise OUTBOX_INBOX_RETENTION, or lower the stream's max_age",
+            extra={
+                "listener": self.identity,
+                "inbox_retention": str(self.settings.inbox_retention),
+                "max_age": "unlimited" if max_age is None else str(max_age),
+            },
+        )
 
     async def _consume(self) -> None:
         puller = Puller(

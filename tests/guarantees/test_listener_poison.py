@@ -2,13 +2,16 @@
 
 import asyncio
 import sys
+from pathlib import Path
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.jetstream.client import JetStreamClient
-from tests.guarantees.test_listener_crash import ROOT, column, publish_all
+from tests.guarantees.test_listener_crash import column, publish_all
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(110)

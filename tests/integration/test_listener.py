@@ -599,3 +599,24 @@ async def test_settings_may_name_the_service(
     assert Nameless(js_client, sessionmaker, settings=settings).identity == "shop-nameless"
     with pytest.raises(ConfigurationError, match="OUTBOX_SOURCE_SERVICE"):
         Nameless(js_client, sessionmaker)
+
+
+async def test_an_inbox_that_forgets_before_the_stream_is_named_at_start(
+    js_client: JetStreamClient,
+    stream: str,
+    sessionmaker: Sessions,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The fixture's stream keeps messages for ever; an event could come again after pruning."""
+    watch = Watch()
+    async with Effect(js_client, sessionmaker, observer=watch):
+        await publish(js_client, envelope())
+        await watch.until(Step.ACKED)
+    assert "OUTBOX_INBOX_RETENTION" in caplog.text
+    caplog.clear()
+    await js_client.delete_stream(stream)
+    await js_client.ensure_stream(stream, ["evt.>"], max_age=timedelta(days=1))
+    async with Effect(js_client, sessionmaker, observer=watch):
+        await publish(js_client, envelope())
+        await watch.until(Step.ACKED, 2)
+    assert "OUTBOX_INBOX_RETENTION" not in caplog.text
