@@ -98,10 +98,8 @@ def uuid7_text() -> str:
     global _tick  # noqa: PLW0603 - one counter for the process
     tick = _tick = max((time.time_ns() // 1_000_000) << 12, _tick + 1)
     tail = _random.getrandbits(62)
-    return (
-        f"{tick >> 28:08x}-{tick >> 12 & 0xFFFF:04x}-7{tick & 0xFFF:03x}"
-        f"-{0x8000 | tail >> 48:04x}-{tail & 0xFFFFFFFFFFFF:012x}"
-    )
+    number = f"{(tick >> 12 << 16 | 0x7000 | tick & 0xFFF) << 64 | 1 << 63 | tail:032x}"
+    return f"{number[:8]}-{number[8:12]}-{number[12:16]}-{number[16:20]}-{number[20:]}"
 
 
 def uuid7() -> UUID:

@@ -38,6 +38,9 @@ _SESSIONS = (AsyncSession, Session, AsyncConnection, Connection)
 _NO_METADATA = b"{}"
 
 
+SUBJECTS_KEPT_MAX = 1000  # checked subjects that one Outbox remembers
+
+
 class Outbox:
     """Adds events of one service to transactions.
 
@@ -64,6 +67,7 @@ class Outbox:
         self.source_service = None if name is None else check_source_service(name)
         self._place = Place(self.settings.schema_name, bind_arguments)
         self._prefixes = self.settings.subject_prefixes
+        self._subjects: set[str] = set()  # those that were checked
         self._bytes_max = self.settings.event_bytes_max
 
     def add(
@@ -93,7 +97,8 @@ class Outbox:
             InvalidEvent: names the field and the rule; the transaction stays usable.
             InvalidSession: the session cannot carry events; nothing was changed.
         """
-        subject = subjects.check_subject(subject, self._prefixes)
+        if type(subject) is not str or subject not in self._subjects:
+            subject = self._checked(subject)
         text = uuid7_text() if event_id is None else str(subjects.check_event_id(event_id))
         if key is not None:
             key = subjects.check_key(key)
@@ -140,6 +145,12 @@ class Outbox:
             sessions.write_now(found, last=False)
         else:
             connections.write_early(found)
+
+    def _checked(self, subject: str) -> str:
+        subject = subjects.check_subject(subject, self._prefixes)
+        if len(self._subjects) < SUBJECTS_KEPT_MAX:
+            self._subjects.add(subject)
+        return subject
 
     def _service(self) -> str:
         running = context.running.get()
