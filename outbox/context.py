@@ -15,12 +15,3 @@ class Running:
 
 running: ContextVar[Running | None] = ContextVar("outbox_running", default=None)
 correlation_id: ContextVar[str | None] = ContextVar("outbox_correlation_id", default=None)
-
-
-def current_correlation_id() -> str | None:
-    """Return the correlation id of this context: the one set by hand, else the running event's."""
-    by_hand = correlation_id.get()
-    if by_hand is not None:
-        return by_hand
-    event = running.get()
-    return None if event is None else event.correlation_id

@@ -40,10 +40,7 @@ class ConsumerGone(OutboxError):  # noqa: N818 - a state, like the public errors
 
 @dataclass(slots=True)
 class Message:
-    """A message as it was delivered; `delivered` counts deliveries, this one included.
-
-    `header_block_raw` is empty: nats-py parses the block and does not keep it.
-    """
+    """A message as it was delivered; `delivered` counts deliveries, this one included."""
 
     subject: str
     headers: dict[str, str]
@@ -53,7 +50,6 @@ class Message:
     sequence: int
     delivered: int
     timestamp: datetime
-    header_block_raw: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

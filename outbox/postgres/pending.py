@@ -186,18 +186,25 @@ async def settle(
     return int(row[0]), int(row[1])
 
 
+def wait_columns(waits: Sequence[Wait]) -> tuple[list[object], ...]:
+    """Return `waits` as the arrays that MOVE_TO_WAITING and waiting.POSTPONE join with."""
+    return (
+        [each.id for each in waits],
+        [each.reason for each in waits],
+        [each.attempts for each in waits],
+        [each.delay for each in waits],
+        [each.republished for each in waits],
+        [each.error for each in waits],
+    )
+
+
 async def move_to_waiting(driver: Driver, schema: str, fence: Fence, waits: Sequence[Wait]) -> bool:
     """Move rows from `pending` to `waiting`; return False when the lane is lost."""
     with translated():
         row = await driver.fetchrow(
             raw(schema, MOVE_TO_WAITING),
             *fence,
-            [each.id for each in waits],
-            [each.reason for each in waits],
-            [each.attempts for each in waits],
-            [each.delay for each in waits],
-            [each.republished for each in waits],
-            [each.error for each in waits],
+            *wait_columns(waits),
             timeout=STATEMENT_SECONDS,
         )
     return row is not None and row[0] == 1

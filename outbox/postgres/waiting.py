@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from outbox.postgres.driver import STATEMENT_SECONDS, Driver, translated
 from outbox.postgres.lanes import FENCE
-from outbox.postgres.pending import Fence, Row, Wait
+from outbox.postgres.pending import Fence, Row, Wait, wait_columns
 from outbox.postgres.tables import raw
 
 # The running sum ends a page by bytes.
@@ -96,12 +96,7 @@ async def postpone(driver: Driver, schema: str, fence: Fence, waits: Sequence[Wa
         row = await driver.fetchrow(
             raw(schema, POSTPONE),
             *fence,
-            [each.id for each in waits],
-            [each.reason for each in waits],
-            [each.attempts for each in waits],
-            [each.delay for each in waits],
-            [each.republished for each in waits],
-            [each.error for each in waits],
+            *wait_columns(waits),
             timeout=STATEMENT_SECONDS,
         )
     return row is not None and row[0] == 1
