@@ -59,6 +59,7 @@ def translated() -> Iterator[None]:
     except (
         asyncpg.PostgresError,
         asyncpg.InterfaceError,
+        asyncpg.InternalClientError,  # a connection that was lost in the middle of a statement
         SQLAlchemyError,
         OSError,  # TimeoutError is one
     ) as error:
