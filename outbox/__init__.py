@@ -25,13 +25,7 @@ async with JetStreamClient("nats://127.0.0.1:4222") as client:
 What is named in `__all__` is public; the rest may be imported but is promised to no one.
 """
 
-from collections.abc import Mapping
-from datetime import datetime
-from typing import Any
-from uuid import UUID
-
-from pydantic import BaseModel
-
+from outbox.context import current_session
 from outbox.envelope import EventEnvelope, event_id_for
 from outbox.errors import (
     BrokerUnavailable,
@@ -48,11 +42,11 @@ from outbox.errors import (
 from outbox.jetstream.client import JetStreamClient
 from outbox.listener import BatchListener, Disposition, Listener
 from outbox.postgres.schema import upgrade
+from outbox.registry import register
 from outbox.relay import Relay
 from outbox.settings import Settings
 from outbox.telemetry import Observer
-from outbox.writer import Outbox, default_outbox
-from outbox.writer.adding import AnySession
+from outbox.writer import Outbox, environment_outbox
 
 __all__ = [
     "BatchListener",
@@ -75,41 +69,13 @@ __all__ = [
     "Retry",
     "Settings",
     "add",
+    "current_session",
     "event_id_for",
+    "register",
     "upgrade",
 ]
 
 
-def add(
-    session: AnySession,
-    subject: str,
-    payload: BaseModel | Mapping[str, Any],
-    *,
-    key: str | None = None,
-    correlation_id: str | None = None,
-    event_id: str | UUID | None = None,
-    headers: Mapping[str, str] | None = None,
-    metadata: Mapping[str, Any] | None = None,
-    deliver_at: datetime | None = None,
-) -> str:
-    """Add an event as `Outbox.add` does, with the settings of the `OUTBOX_*` variables.
-
-    They are read at the first call. The service's name is OUTBOX_SOURCE_SERVICE, else that of the
-    listener whose handler is running.
-
-    Raises:
-        InvalidEvent: names the field and the rule; the transaction stays usable.
-        InvalidSession: the session cannot carry events; nothing was changed.
-        ConfigurationError: a variable is wrong.
-    """
-    return default_outbox().add(
-        session,
-        subject,
-        payload,
-        key=key,
-        correlation_id=correlation_id,
-        event_id=event_id,
-        headers=headers,
-        metadata=metadata,
-        deliver_at=deliver_at,
-    )
+# `Outbox.add` with the settings of the OUTBOX_* variables, which are read at the first call. The
+# service's name is OUTBOX_SOURCE_SERVICE, else that of the listener whose handler is running.
+add = environment_outbox.add

@@ -174,13 +174,13 @@ def _now() -> str:
 _quote = json.encoder.encode_basestring_ascii  # the C function behind json.dumps(str)
 
 
-def encode_payload(payload: BaseModel | Mapping[str, Any], what: str = "payload") -> bytes:
+def encode_payload(payload: object, what: str = "payload") -> bytes:
     """Return a model or mapping as the bytes of a JSON object that every reader can read.
 
     Raises:
         InvalidEvent: names the path and the rule, and shows a shortened value.
     """
-    plain: object = payload
+    plain = payload
     if type(payload) is not dict or not _is_plain(payload, 1):
         if isinstance(payload, BaseModel):
             return _encode_model(payload, what)

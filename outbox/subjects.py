@@ -17,6 +17,7 @@ HEADER_BYTES_MAX = 32_768  # the server refuses a header block above 64 KiB (NAT
 SCHEDULE_MAX = timedelta(days=365)
 DEAD_LETTER_PREFIX = "dlq."
 HEADER_KEY = "Outbox-Key"
+HEADER_ORIGINAL_SUBJECT = "Outbox-Original-Subject"
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+")
 _SUBJECT = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)+")
@@ -28,7 +29,7 @@ _UUID = re.compile(r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}")
 _RESERVED_HEADERS = ("nats-", "outbox-", "content-encoding")
 
 
-def check_subject(subject: str, prefixes: Sequence[str] = ("evt.", "cmd.")) -> str:
+def check_subject(subject: object, prefixes: Sequence[str] = ("evt.", "cmd.")) -> str:
     """Return `subject` as a plain str.
 
     Raises:

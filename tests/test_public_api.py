@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 import outbox
 from outbox import ConfigurationError, InvalidEvent, Outbox
-from outbox.writer import default_outbox
+from outbox.writer import environment_outbox
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = [
@@ -36,7 +36,9 @@ PUBLIC = [
     "Retry",
     "Settings",
     "add",
+    "current_session",
     "event_id_for",
+    "register",
     "upgrade",
 ]
 IN_A_FRESH_PROCESS = """
@@ -72,9 +74,9 @@ print(sorted(extras & {name.partition(".")[0] for name in sys.modules}))
 
 @pytest.fixture(autouse=True)
 def _fresh_default() -> object:
-    default_outbox.cache_clear()
+    vars(environment_outbox).clear()
     yield
-    default_outbox.cache_clear()
+    vars(environment_outbox).clear()
 
 
 def test_the_public_names_are_pinned() -> None:
@@ -127,7 +129,7 @@ async def test_the_module_level_add_reads_the_environment(
             outbox.add(session, "evt.order.placed.v1", {})
         assert outbox.add(session, "ops.order.placed.v1", {}, key="order-1")
         await session.rollback()
-    assert default_outbox().source_service == "shop"
+    assert environment_outbox.source_service == "shop"
 
 
 async def test_the_module_level_add_names_a_wrong_variable(

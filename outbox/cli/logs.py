@@ -8,6 +8,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from outbox.context import EventLogFilter
 from outbox.errors import ConfigurationError
 from outbox.settings import Settings
 
@@ -56,9 +57,11 @@ def configure(settings: Settings) -> None:
         raise ConfigurationError("log_format (OUTBOX_LOG_FORMAT): must be 'console' or 'json'")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formats[settings.log_format]())
+    handler.addFilter(EventLogFilter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("alembic").setLevel(max(logging.WARNING, logging.getLevelName(level)))
 
 
 def _facts(record: logging.LogRecord) -> dict[str, Any]:
-    return {name: value for name, value in vars(record).items() if name not in _KNOWN}
+    found = vars(record).items()
+    return {name: value for name, value in found if name not in _KNOWN and value is not None}

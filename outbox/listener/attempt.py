@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InternalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -162,12 +162,12 @@ class Attempt:
         guard: Guard,
     ) -> None:
         event = new[0].event
-        running = context.Running(event.event_id, event.correlation_id, self.service)
-        token = context.running.set(running)
+        running = context.Running(event.event_id, event.correlation_id, self.service, session)
         clock = asyncio.timeout(self.timeout.total_seconds())
         try:
             async with clock:
-                await handle(session, new)
+                with context.handling(running):
+                    await handle(session, new)
             await guard.check(self.schema)
         except TransactionEscaped:
             raise
@@ -177,8 +177,6 @@ class Attempt:
             if reason is None:
                 raise
             raise HandlerError(self.listener, event.event_id, reason) from error
-        finally:
-            context.running.reset(token)
         self._tell(Step.HANDLED, new)
 
     def _breach(self, error: Exception, *, timed_out: bool) -> str | None:
@@ -236,5 +234,8 @@ def sqlstate(error: DBAPIError) -> str:
 def is_outage(error: BaseException) -> bool:
     """Return True for what the database does to everybody, not to this event."""
     if isinstance(error, DBAPIError):
-        return error.connection_invalidated or sqlstate(error).startswith(_OUTAGE_CLASSES)
+        state = sqlstate(error)
+        # asyncpg's own, not the server's: a connection that was lost in the middle of a statement
+        lost = isinstance(error, InternalError) and not state
+        return error.connection_invalidated or lost or state.startswith(_OUTAGE_CLASSES)
     return isinstance(error, OSError | DatabaseUnavailable)

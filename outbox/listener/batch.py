@@ -11,6 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from typing_extensions import override
 
+from outbox.context import EntryPoint, LogFacts, logged
 from outbox.envelope import EventEnvelope, P_co
 from outbox.errors import DatabaseUnavailable, OutboxError
 from outbox.jetstream.pulling import Message, Puller
@@ -93,7 +94,8 @@ class Batching(Handling):
         for entry in batch:
             self.begun(entry.message)
         try:
-            await self.attempt.run(works, self.handle, marked=False)
+            with logged(LogFacts(EntryPoint.LISTENER, self.attempt.service)):  # of no single event
+                await self.attempt.run(works, self.handle, marked=False)
         except DatabaseUnavailable:
             raise
         except TransactionEscaped as error:
@@ -121,7 +123,8 @@ class Batching(Handling):
             self.waits(entry.message)
         for entry in batch:
             alone = self._try(puller, entry.message, entry.work, marked=False)
-            await self._or_hand_back(puller, entry.message, alone)
+            with self.logged(entry.work.event):
+                await self._or_hand_back(puller, entry.message, alone)
 
     async def _or_hand_back(
         self, puller: Puller, message: Message, running: Coroutine[None, None, None]

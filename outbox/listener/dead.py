@@ -19,7 +19,7 @@ from outbox.jetstream.pulling import Message
 from outbox.listener.attempt import DATABASE_SECONDS
 from outbox.postgres import attempts, dead_letters, inbox
 from outbox.postgres.dead_letters import DeadLetter
-from outbox.subjects import dead_letter_subject
+from outbox.subjects import HEADER_ORIGINAL_SUBJECT, dead_letter_subject
 from outbox.writer import PendingEvent, enqueue
 
 BODY_BYTES_MAX = 64 * 1024  # of the original, in the `dlq.` event; the row keeps all
@@ -145,8 +145,8 @@ class Undertaker:
             data=json.dumps(facts).encode(),
             metadata=json.dumps({"causation_id": given.event_text or str(given.key)}).encode(),
         )
-        headers = encode_headers({"Outbox-Original-Subject": ascii(given.message.subject)[1:-1]})
-        return PendingEvent(event_id, None, subject, headers, finished, None)
+        headers = encode_headers({HEADER_ORIGINAL_SUBJECT: ascii(given.message.subject)[1:-1]})
+        return PendingEvent(str(event_id), None, subject, headers, finished, None)
 
 
 def _header_bytes(headers: Mapping[str, str]) -> bytes:

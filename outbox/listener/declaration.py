@@ -5,9 +5,9 @@ import re
 import types
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import TypeAdapter
+from outbox.registry import registry
 
 _GROUP = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TOKEN = r"(?:[A-Za-z0-9_-]+|\*)"  # noqa: S105 - of a subject
@@ -92,8 +92,8 @@ def duration(value: timedelta | float) -> timedelta:
     return value if isinstance(value, timedelta) else timedelta(seconds=value)
 
 
-def payload_adapter(cls: type, generic: type) -> TypeAdapter[Any] | None:
-    """Return what validates the payload of `class C(generic[Payload])`; None for plain data."""
+def payload_type(cls: type, generic: type) -> Any:
+    """Return what `class C(generic[Payload])` names as its payload; None for plain data."""
     for base in cls.__mro__:
         for declared in getattr(base, "__orig_bases__", ()):
             origin = get_origin(declared)
@@ -102,8 +102,36 @@ def payload_adapter(cls: type, generic: type) -> TypeAdapter[Any] | None:
             (payload,) = get_args(declared) or (None,)
             if payload is None or isinstance(payload, TypeVar) or _is_plain(payload):
                 continue
-            return TypeAdapter(payload)
+            return payload
     return None
+
+
+def check_registered(cls: type, subject: str, payload: object) -> None:
+    """Check that a typed listener takes what is registered for the subjects it matches.
+
+    Raises:
+        TypeError: one of them has another payload; names the class, the subject and both payloads.
+    """
+    if payload is None or payload is Any:
+        return
+    members = _members(payload)
+    for known in registry.matching(subject):
+        if not any(isinstance(each, type) and issubclass(known.payload, each) for each in members):
+            wanted = " | ".join(getattr(each, "__name__", str(each)) for each in members)
+            raise TypeError(
+                f"{cls.__name__} takes {wanted}, but {known.subject} is registered with "
+                f"{known.payload.__name__}"
+            )
+
+
+def _members(payload: object) -> tuple[object, ...]:
+    """Return the members of a union, also of an annotated one; else the payload alone."""
+    origin = get_origin(payload)
+    if origin is Annotated:
+        return _members(get_args(payload)[0])
+    if origin in {Union, types.UnionType}:
+        return tuple(one for each in get_args(payload) for one in _members(each))
+    return (payload,)
 
 
 def _is_plain(payload: object) -> bool:

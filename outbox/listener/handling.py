@@ -5,17 +5,19 @@ import dataclasses
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import StrEnum
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from outbox.backoff import Backoff
+from outbox.context import EntryPoint, LogFacts, logged
 from outbox.envelope import (
     Delivery,
     EventEnvelope,
@@ -32,6 +34,7 @@ from outbox.listener.guard import TransactionEscaped
 from outbox.listener.outage import Outage
 from outbox.postgres import attempts
 from outbox.postgres.dead_letters import printable
+from outbox.registry import registry
 from outbox.telemetry import Moment, Step
 
 logger = logging.getLogger(__name__)
@@ -92,6 +95,22 @@ class Handling:
         except MalformedMessage as error:
             await self._bury_unread(puller, message, error)
             return
+        with self.logged(event):
+            await self._event(puller, message, event)
+
+    def logged(self, event: EventEnvelope[Any]) -> AbstractContextManager[None]:
+        """Have the log lines of the block say which event is handled."""
+        facts = LogFacts(
+            EntryPoint.LISTENER,
+            self.attempt.service,
+            event.event_id,
+            event.event_type,
+            event.correlation_id,
+            event.source_service,
+        )
+        return logged(facts)
+
+    async def _event(self, puller: Puller, message: Message, event: EventEnvelope[Any]) -> None:
         key = inbox_key(event.event_id)
         try:
             event = self._with_payload(event)
@@ -113,9 +132,17 @@ class Handling:
         )
 
     def _with_payload(self, event: EventEnvelope[Any]) -> EventEnvelope[Any]:
+        """Validate as JSON, where strict models take text for times and ids too."""
         if self.adapter is None:
             return event
-        return dataclasses.replace(event, payload=self.adapter.validate_python(event.data))
+        known = registry.of(event.event_type)
+        data = to_json(event.data)
+        payload = (
+            self.adapter.validate_json(data)
+            if known is None
+            else known.payload.model_validate_json(data)
+        )
+        return dataclasses.replace(event, payload=payload)
 
     async def _work(self, puller: Puller, message: Message, work: Work) -> None:
         if message.delivered == 1:

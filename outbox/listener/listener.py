@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 PREFETCH_BYTES = 16 * 1_048_576
 AFTER_LOSS = timedelta(seconds=0.2)  # before a vanished consumer is made again
-_running: dict[tuple[int, str, str], str] = {}  # client, stream, identity: subject
+_running: dict[tuple[int, str, str], list[str]] = {}  # client, stream, identity: its subjects
 
 
 class Listener(Worker, Generic[P_co]):
@@ -50,7 +50,8 @@ class Listener(Worker, Generic[P_co]):
 
     The event's id is recorded in the inbox in the transaction that the handler is given, so its
     effect and the record commit together or not at all. Subclass it, declare `subject` and
-    `queue_group`, and write `on_message`. `Listener[Model]` validates the payload.
+    `queue_group`, and write `on_message`. `Listener[Model]` validates the payload; where a payload
+    is registered for a subject, it must be `Model`, a subclass, or a member of the union.
     """
 
     subject: ClassVar[str] = ""
@@ -63,6 +64,7 @@ class Listener(Worker, Generic[P_co]):
     concurrency: ClassVar[int] = 8
     ordered: ClassVar[bool] = False
     _handler: ClassVar[str] = "on_message"
+    _payload: ClassVar[Any] = None
     _adapter: ClassVar[TypeAdapter[Any] | None] = None
     _backoff: ClassVar[Backoff] = Backoff()
 
@@ -70,7 +72,9 @@ class Listener(Worker, Generic[P_co]):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         declaration.check(cls, handler=cls._handler)
-        cls._adapter = declaration.payload_adapter(cls, Listener)
+        cls._payload = declaration.payload_type(cls, Listener)
+        cls._adapter = None if cls._payload is None else TypeAdapter(cls._payload)
+        declaration.check_registered(cls, cls.subject, cls._payload)
 
     def __init__(
         self,
@@ -88,6 +92,7 @@ class Listener(Worker, Generic[P_co]):
             )
         if not self.subject or not self.queue_group:
             raise TypeError(f"{type(self).__name__} declares no subject or no queue_group")
+        declaration.check_registered(type(self), self.subject, self._payload)  # later ones too
         self.identity = f"{self.service}-{self.queue_group}"
         super().__init__(f"listener {self.identity}")
         self.grace = self.settings.grace
@@ -188,18 +193,19 @@ class Listener(Worker, Generic[P_co]):
     @contextlib.contextmanager
     def _claimed(self, place: tuple[int, str, str]) -> Iterator[None]:
         """Refuse a second subject under one identity: both would share one durable."""
-        known = _running.get(place)
-        if known is not None and known != self.subject:
+        subjects = _running.setdefault(place, [])
+        if subjects and subjects[0] != self.subject:
             raise ConfigurationError(
-                f"two listeners share the identity {self.identity}, one on {known} and one on "
-                f"{self.subject}: give one of them another queue_group"
+                f"two listeners share the identity {self.identity}, one on {subjects[0]} and one "
+                f"on {self.subject}: give one of them another queue_group"
             )
-        _running[place] = self.subject
+        subjects.append(self.subject)
         try:
             yield
         finally:
-            if known is None:
-                _running.pop(place, None)
+            subjects.remove(self.subject)
+            if not subjects:
+                del _running[place]
 
     async def _prepare(self) -> None:
         """Check schema, stream and consumer, and make the consumer when it is missing."""

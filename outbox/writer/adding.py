@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 from uuid import UUID
 
 from pydantic import BaseModel
@@ -21,10 +21,9 @@ from outbox.envelope import (
     uuid7_text,
 )
 from outbox.errors import InvalidEvent, InvalidSession
-from outbox.postgres.writing import PendingEvent
 from outbox.settings import Settings
-from outbox.writer import connections, internals, sessions
-from outbox.writer.buffers import Item, Place, Share, is_repeat
+from outbox.writer import connections, internals, registered, sessions
+from outbox.writer.buffers import PendingEvent, Place, Share, is_repeat
 
 AnySession: TypeAlias = (
     AsyncSession
@@ -70,11 +69,38 @@ class Outbox:
         self._subjects: set[str] = set()  # those that were checked
         self._bytes_max = self.settings.event_bytes_max
 
+    @overload
+    def add(
+        self,
+        session: AnySession,
+        subject: BaseModel,
+        *,
+        key: str | None = None,
+        correlation_id: str | None = None,
+        event_id: str | UUID | None = None,
+        headers: Mapping[str, str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        deliver_at: datetime | None = None,
+    ) -> str: ...
+    @overload
     def add(
         self,
         session: AnySession,
         subject: str,
         payload: BaseModel | Mapping[str, Any],
+        *,
+        key: str | None = None,
+        correlation_id: str | None = None,
+        event_id: str | UUID | None = None,
+        headers: Mapping[str, str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        deliver_at: datetime | None = None,
+    ) -> str: ...
+    def add(
+        self,
+        session: AnySession,
+        subject: str | BaseModel,
+        payload: BaseModel | Mapping[str, Any] | None = None,
         *,
         key: str | None = None,
         correlation_id: str | None = None,
@@ -89,16 +115,43 @@ class Outbox:
         A transaction is begun when there is none. Later changes of `payload` have no effect.
 
         Args:
-            key: events of one key are published in the order in which they were added.
+            subject: may be left out when `payload` is registered for one subject.
+            payload: of a registered subject it is that model, or a mapping that it validates.
+            key: events of one key are published in the order in which they were added. Default:
+                what the payload's registration makes of it.
             event_id: a UUID of the caller's; a repeat in this transaction is dropped.
             deliver_at: not before this time, within a year.
 
         Raises:
             InvalidEvent: names the field and the rule; the transaction stays usable.
             InvalidSession: the session cannot carry events; nothing was changed.
+            TypeError: the subject was left out, and the payload has none or several.
         """
-        if type(subject) is not str or subject not in self._subjects:
-            subject = self._checked(subject)
+        name: Any = subject
+        content: object = payload
+        if payload is None and isinstance(subject, BaseModel):
+            name, content = registered.subject_of(subject), subject
+        if type(name) is not str or name not in self._subjects:
+            name = self._checked(name)
+        content, key = registered.fitted(name, content, key)
+        event = self._finished(
+            name, content, key, correlation_id, event_id, headers, metadata, deliver_at
+        )
+        _buffer(session, event, self._place)
+        return event.event_id
+
+    def _finished(  # noqa: PLR0917 - positional, because it is called for each event
+        self,
+        subject: str,
+        payload: object,
+        key: str | None,
+        correlation_id: str | None,
+        event_id: str | UUID | None,
+        headers: Mapping[str, str] | None,
+        metadata: Mapping[str, Any] | None,
+        deliver_at: datetime | None,
+    ) -> PendingEvent:
+        """Return the event as it will be stored; its subject was checked."""
         text = uuid7_text() if event_id is None else str(subjects.check_event_id(event_id))
         if key is not None:
             key = subjects.check_key(key)
@@ -120,12 +173,10 @@ class Outbox:
         if len(lines) + len(body) > self._bytes_max:
             size = f"{len(lines) + len(body)} bytes, at most {self._bytes_max}"
             raise InvalidEvent("payload", f"headers and body have {size}")
-        event = PendingEvent(text, key, subject, lines, body, deliver_at)
         given = None
         if event_id is not None:
             given = (subject, key, lines, data, more, correlation, deliver_at)
-        _buffer(session, event, self._place, given)
-        return text
+        return PendingEvent(text, key, subject, lines, body, deliver_at, given)
 
     async def flush(self, session: AnySession) -> None:
         """Write now what the current transaction or savepoint has added; rarely needed.
@@ -146,8 +197,8 @@ class Outbox:
         else:
             connections.write_early(found)
 
-    def _checked(self, subject: str) -> str:
-        subject = subjects.check_subject(subject, self._prefixes)
+    def _checked(self, given: object) -> str:
+        subject = subjects.check_subject(given, self._prefixes)
         if len(self._subjects) < SUBJECTS_KEPT_MAX:
             self._subjects.add(subject)
         return subject
@@ -157,14 +208,58 @@ class Outbox:
         return check_source_service(None if running is None else running.service)
 
 
-@lru_cache(maxsize=1)
-def default_outbox() -> Outbox:
-    """Return the outbox of the environment's settings, the same each time.
+class EnvironmentOutbox(Outbox):
+    """The outbox of the `OUTBOX_*` variables, which are read at its first use.
 
     Raises:
-        ConfigurationError: a setting is wrong.
+        ConfigurationError: at the first use, when a variable is wrong.
     """
-    return Outbox(settings=Settings.from_environment())
+
+    def __init__(self) -> None:
+        """Leave all attributes to the first use."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        super().__init__(settings=Settings.from_environment())
+        return object.__getattribute__(self, name)
+
+
+environment_outbox = EnvironmentOutbox()
+
+
+def add_dead_letter(
+    events: Outbox,
+    session: AnySession,
+    original_subject: str,
+    payload: BaseModel | Mapping[str, Any],
+    *,
+    correlation_id: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> str:
+    """Add an event on the `dlq.` subject of `original_subject`; return its id.
+
+    It has no key, so that it never waits behind others. Without a stream that takes `dlq.` subjects
+    it stays in the outbox.
+
+    Raises:
+        InvalidEvent: names the field and the rule; the transaction stays usable.
+        InvalidSession: the session cannot carry events; nothing was changed.
+    """
+    original = subjects.check_subject(original_subject, events.settings.subject_prefixes)
+    event = events._finished(  # noqa: SLF001 - the one other way in, for reserved subjects
+        subjects.dead_letter_subject(original),
+        payload,
+        None,
+        correlation_id,
+        None,
+        None,
+        metadata,
+        None,
+    )
+    event.headers = encode_headers({subjects.HEADER_ORIGINAL_SUBJECT: original})
+    _buffer(session, event, events._place)  # noqa: SLF001 - as above
+    return event.event_id
 
 
 def enqueue(session: AnySession, event: PendingEvent, *, schema: str) -> None:
@@ -176,7 +271,7 @@ def enqueue(session: AnySession, event: PendingEvent, *, schema: str) -> None:
     """
     if "\n" in event.subject or "\n" in (event.key or ""):
         raise InvalidEvent("subject or key", "may not hold a line break", event.subject)
-    _buffer(session, event, _place(schema), None)
+    _buffer(session, event, _place(schema))
 
 
 def write_buffered(session: Session) -> int:
@@ -228,16 +323,16 @@ def _unwrapped(session: AnySession) -> AsyncSession | Session | AsyncConnection 
     )
 
 
-def _buffer(session: AnySession, event: PendingEvent, place: Place, given: object) -> None:
+def _buffer(session: AnySession, event: PendingEvent, place: Place) -> None:
     found = session if isinstance(session, AsyncSession) else _unwrapped(session)
     if isinstance(found, AsyncSession):
-        _buffer_in_session(found.sync_session, event, place, given, asynchronous=True)
+        _buffer_in_session(found.sync_session, event, place, asynchronous=True)
     elif isinstance(found, Session):
-        _buffer_in_session(found, event, place, given, asynchronous=False)
+        _buffer_in_session(found, event, place, asynchronous=False)
     elif isinstance(found, AsyncConnection):
-        _buffer_in_connection(_started(found), event, place, given, asynchronous=True)
+        _buffer_in_connection(_started(found), event, place, asynchronous=True)
     else:
-        _buffer_in_connection(found, event, place, given, asynchronous=False)
+        _buffer_in_connection(found, event, place, asynchronous=False)
 
 
 def _started(connection: AsyncConnection) -> Connection:
@@ -251,12 +346,11 @@ def _started(connection: AsyncConnection) -> Connection:
 
 
 def _buffer_in_session(
-    session: Session, event: PendingEvent, place: Place, given: object, *, asynchronous: bool
+    session: Session, event: PendingEvent, place: Place, *, asynchronous: bool
 ) -> None:
-    share, bind, names, buffer = sessions.open_share(session, place, asynchronous=asynchronous)
-    if given is not None and is_repeat(_known_to(bind, buffer), event.event_id, given):
-        return
-    share.put(Item(event, place.schema, bind, names, given))
+    share, bind, savepoints, buffer = sessions.open_share(session, place, asynchronous=asynchronous)
+    if event.content is None or not is_repeat(_known_to(bind, buffer), event):
+        share.put(event, place.schema, bind, savepoints)
 
 
 def _known_to(bind: object, buffer: sessions.Buffer) -> list[Share]:
@@ -267,10 +361,8 @@ def _known_to(bind: object, buffer: sessions.Buffer) -> list[Share]:
 
 
 def _buffer_in_connection(
-    connection: Connection, event: PendingEvent, place: Place, given: object, *, asynchronous: bool
+    connection: Connection, event: PendingEvent, place: Place, *, asynchronous: bool
 ) -> None:
     share = connections.open_share(connection, place, asynchronous=asynchronous)
-    if given is not None and is_repeat([share], event.event_id, given):
-        return
-    names = internals.savepoints(connection)
-    share.put(Item(event, place.schema, connection, names, given))
+    if event.content is None or not is_repeat([share], event):
+        share.put(event, place.schema, connection, internals.savepoints(connection))

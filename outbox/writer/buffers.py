@@ -3,14 +3,13 @@
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from operator import attrgetter
-from uuid import UUID
 
 from sqlalchemy import Connection, Engine
 
 from outbox.errors import InvalidEvent
 from outbox.postgres import writing
-from outbox.postgres.writing import PendingEvent
 
 _order = itertools.count()
 
@@ -23,23 +22,42 @@ class Place:
     bind_arguments: Mapping[str, object] | None = None
 
 
-class Item:
-    """One buffered event; no dataclass, because one is made for each event."""
+class PendingEvent:
+    """One buffered event: what is stored of it, and where. No dataclass: one is made each time."""
 
-    __slots__ = ("bind", "content", "event", "order", "savepoints", "schema")
+    __slots__ = (
+        "bind",
+        "body",
+        "content",
+        "deliver_at",
+        "event_id",
+        "headers",
+        "key",
+        "order",
+        "savepoints",
+        "schema",
+        "subject",
+    )
+    schema: str
+    bind: Engine | Connection
+    savepoints: tuple[str, ...]  # open on the connection at `add`, outermost first
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - positional, because one is made for each event
         self,
-        event: PendingEvent,
-        schema: str,
-        bind: Engine | Connection,
-        savepoints: tuple[str, ...],  # open on the connection at `add`, outermost first
-        content: object,  # what a repeat of a caller's event id must equal; None: the id is ours
+        event_id: str,
+        key: str | None,
+        subject: str,
+        headers: bytes,
+        body: bytes,
+        deliver_at: datetime | None = None,
+        content: object = None,  # what a repeat of a caller's event id must equal; None: it is ours
     ) -> None:
-        self.event = event
-        self.schema = schema
-        self.bind = bind
-        self.savepoints = savepoints
+        self.event_id = event_id
+        self.key = key
+        self.subject = subject
+        self.headers = headers
+        self.body = body
+        self.deliver_at = deliver_at
         self.content = content
         self.order = next(_order)
 
@@ -54,17 +72,24 @@ class Share:
     __slots__ = ("binds", "items", "known")
 
     def __init__(self) -> None:
-        self.items: list[Item] = []
-        self.known: dict[
-            UUID | str, Item
-        ] = {}  # the caller's own ids, also of events written early
+        self.items: list[PendingEvent] = []
+        self.known: dict[str, PendingEvent] = {}  # the caller's own ids, also of those written
         self.binds: dict[Place, Engine | Connection] = {}  # places that were checked
 
-    def put(self, item: Item) -> None:
-        """Append an event that no open share knows."""
+    def put(
+        self,
+        item: PendingEvent,
+        schema: str,
+        bind: Engine | Connection,
+        savepoints: tuple[str, ...],
+    ) -> None:
+        """Append an event that no open share knows, to be written through `bind`."""
+        item.schema = schema
+        item.bind = bind
+        item.savepoints = savepoints
         self.items.append(item)
         if item.content is not None:
-            self.known[item.event.event_id] = item
+            self.known[item.event_id] = item
 
     def pour_into(self, other: "Share") -> None:
         """Hand everything over to the enclosing transaction."""
@@ -86,30 +111,30 @@ class Share:
                 item.savepoints = item.savepoints[: item.savepoints.index(savepoint)]
 
 
-def is_repeat(shares: Iterable[Share], event_id: UUID | str, content: object) -> bool:
+def is_repeat(shares: Iterable[Share], event: PendingEvent) -> bool:
     """Return True when this transaction has added the same event already.
 
     Raises:
         InvalidEvent: it has added another event with this id.
     """
     for share in shares:
-        item = share.known.get(event_id)
-        if item is None:
+        known = share.known.get(event.event_id)
+        if known is None:
             continue
-        if item.content == content:
+        if known.content == event.content:
             return True
         rule = "was used in this transaction for an event with other content"
-        raise InvalidEvent("event_id", rule, str(event_id))
+        raise InvalidEvent("event_id", rule, event.event_id)
     return False
 
 
 def write(
-    connection: Connection, shares: Iterable[Share], items: list[Item], *, notify: bool
+    connection: Connection, shares: Iterable[Share], items: list[PendingEvent], *, notify: bool
 ) -> None:
     """Write `items` of `shares`; they leave the buffers only after the INSERT has returned."""
     items = sorted(items, key=attrgetter("order"))
     for schema in dict.fromkeys(item.schema for item in items):
-        events = [item.event for item in items if item.schema is schema or item.schema == schema]
+        events = [item for item in items if item.schema == schema]
         writing.insert(connection, schema, events, notify=notify)
     written = {item.order for item in items}
     for share in shares:

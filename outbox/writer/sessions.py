@@ -10,7 +10,7 @@ from typing_extensions import override
 from outbox.errors import InvalidSession
 from outbox.postgres import wake
 from outbox.writer import connections, internals
-from outbox.writer.buffers import Item, Place, Share, write
+from outbox.writer.buffers import PendingEvent, Place, Share, write
 
 _KEY = "outbox.writer"  # in Session.info, which a session keeps for its own life
 _FLUSHES_MAX = 100  # as many as Session.commit itself allows
@@ -148,7 +148,9 @@ def _write(session: Session, buffer: Buffer, share: Share, *, last: bool) -> int
     return count
 
 
-def _safe_inside(session: Session, connection: Connection, items: list[Item]) -> list[Item]:
+def _safe_inside(
+    session: Session, connection: Connection, items: list[PendingEvent]
+) -> list[PendingEvent]:
     """Return the events that no savepoint opened since could take along in its rollback.
 
     The session's own savepoints do not count: the current transaction owns these events.

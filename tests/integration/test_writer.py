@@ -310,7 +310,9 @@ async def test_failed_commit_keeps_failing_until_rollback(
 async def test_client_side_error_keeps_the_buffer(
     sessionmaker: async_sessionmaker[AsyncSession], engine: AsyncEngine
 ) -> None:
-    broken = PendingEvent(uuid4(), "\ud800", SUBJECT, b"", b"{}", None)  # asyncpg cannot encode it
+    broken = PendingEvent(
+        str(uuid4()), "\ud800", SUBJECT, b"", b"{}", None
+    )  # asyncpg cannot encode it
     async with sessionmaker() as session:
         session.add(Thing(id=1))
         enqueue(session, broken, schema="outbox")
@@ -664,7 +666,7 @@ async def test_write_buffered_returns_the_count(
         add(session, 1)
         enqueue(
             session,
-            PendingEvent(uuid4(), None, "dlq.x", b"", b'{"data":{"n":2}}', None),
+            PendingEvent(str(uuid4()), None, "dlq.x", b"", b'{"data":{"n":2}}', None),
             schema="outbox",
         )
         assert await session.run_sync(write_buffered) == 2

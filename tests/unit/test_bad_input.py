@@ -177,6 +177,6 @@ def test_running_handler_gives_correlation_cause_and_service(session: Any) -> No
     finally:
         context.running.reset(token)
     (share,) = session.info["outbox.writer"].open_shares()
-    body = share.items[0].event.body
+    body = share.items[0].body
     assert b'"correlation_id":"c0","source_service":"listener-service"' in body
     assert b'"metadata":{"causation_id":"e0","a":1}' in body

@@ -1,0 +1,83 @@
+"""What the registry says about an event: its subject, its payload's model and its key."""
+
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ValidationError
+
+from outbox.errors import InvalidEvent
+from outbox.registry import Registration, registry
+
+
+def subject_of(payload: BaseModel) -> str:
+    """Return the one subject that the payload's class is registered for.
+
+    Raises:
+        TypeError: it has none, or several, which are named.
+    """
+    subjects = registry.subjects_of(type(payload))
+    if len(subjects) == 1:
+        return subjects[0]
+    name = type(payload).__name__
+    if not subjects:
+        raise TypeError(f"{name} is registered for no subject: name one, add(session, subject, …)")
+    raise TypeError(f"{name} is registered for {', '.join(subjects)}: name one of them")
+
+
+def fitted(subject: str, payload: object, key: str | None) -> tuple[object, str | None]:
+    """Return the payload as its subject's model, and the key that is given or made of it.
+
+    Nothing is registered for most subjects; those take any payload, but no other subject's.
+
+    Raises:
+        InvalidEvent: the payload is not what the subject is registered with, or its key fails.
+    """
+    known = registry.of(subject)
+    if known is None:
+        if type(payload) is not dict and isinstance(payload, BaseModel):
+            _refuse_others(subject, payload)
+        return payload, key
+    model = _model(known, payload)
+    return model, _key(known, model) if key is None else key
+
+
+def _refuse_others(subject: str, payload: BaseModel) -> None:
+    subjects = registry.subjects_of(type(payload))
+    if subjects:
+        name = type(payload).__name__
+        rule = f"{name} is registered for {', '.join(subjects)}, not for '{subject}'"
+        raise InvalidEvent("payload", rule)
+
+
+def _model(known: Registration, payload: object) -> BaseModel:
+    if isinstance(payload, known.payload):
+        return payload
+    wanted = known.payload.__name__
+    if not isinstance(payload, Mapping):
+        rule = f"'{known.subject}' takes {wanted} or a mapping, not {type(payload).__name__}"
+        raise InvalidEvent("payload", rule)
+    free = "extra" not in known.payload.model_config
+    try:
+        # What the model does not name travels along, as the wire promises of unknown fields.
+        return known.payload.model_validate(dict(payload), extra="allow" if free else None)
+    except ValidationError as error:
+        raise InvalidEvent("payload", f"is no {wanted}: {_first(error)}") from None
+    except RecursionError:
+        raise InvalidEvent("payload", "is too deep, or holds itself") from None
+
+
+def _first(error: ValidationError) -> str:
+    """Return where and how the first field is wrong, without its value."""
+    found = error.errors(include_input=False, include_url=False, include_context=False)
+    where = ".".join(map(str, found[0]["loc"])) or "the whole"
+    more = f" ({len(found) - 1} more)" if len(found) > 1 else ""
+    return f"{where}: {found[0]['msg']}{more}"
+
+
+def _key(known: Registration, model: BaseModel) -> str | None:
+    if known.key is None:
+        return None
+    try:
+        return known.key(model)
+    except Exception as error:
+        rule = f"the key registered for '{known.subject}' failed: {type(error).__name__}"
+        raise InvalidEvent("key", rule) from error
