@@ -83,7 +83,8 @@ class MalformedMessage(OutboxError):  # noqa: N818 - named like what it is about
 
 # ---- ids -------------------------------------------------------------------------------------
 
-_tick = 0
+_tick = 0  # milliseconds and 12 more bits of the last id
+_head = (0, "")  # a millisecond, and the characters that it gives an id
 # Ids must be unique, not secret. A generator of our own, which `random.seed` does not reach, seeded
 # by the system, and again in each forked child.
 _random = random.Random()  # noqa: S311 - see above
@@ -95,11 +96,17 @@ def uuid7_text() -> str:
 
     Text, because making a `UUID` and printing it again would be a fifth of the time of `add`.
     """
-    global _tick  # noqa: PLW0603 - one counter for the process
-    tick = _tick = max((time.time_ns() // 1_000_000) << 12, _tick + 1)
-    tail = _random.getrandbits(62)
-    number = f"{(tick >> 12 << 16 | 0x7000 | tick & 0xFFF) << 64 | 1 << 63 | tail:032x}"
-    return f"{number[:8]}-{number[8:12]}-{number[12:16]}-{number[16:20]}-{number[20:]}"
+    global _tick, _head  # noqa: PLW0603 - one counter for the process
+    tick = time.time_ns() // 1_000_000 << 12
+    if tick <= _tick:
+        tick = _tick + 1
+    _tick = tick
+    head = _head
+    if head[0] != tick >> 12:
+        digits = f"{tick >> 12:012x}"
+        head = _head = (tick >> 12, f"{digits[:8]}-{digits[8:]}-7")
+    tail = f"{_random.getrandbits(62) | 1 << 63:x}"
+    return f"{head[1]}{tick & 0xFFF:03x}-{tail[:4]}-{tail[4:]}"
 
 
 def uuid7() -> UUID:
@@ -158,17 +165,18 @@ def encode(
     return b'%b%b,"metadata":%b}' % (head.encode(), data, metadata)
 
 
-_second = (0, "")
+_second = ("", "")
 
 
 def _now() -> str:
     """Return the time as RFC 3339; the text of its second is made once."""
     global _second  # noqa: PLW0603 - a cache of one entry
-    second, fraction = divmod(time.time_ns() // 1000, 1_000_000)
+    digits = str(time.time_ns())
     cached = _second
-    if cached[0] != second:
-        cached = _second = (second, datetime.fromtimestamp(second, UTC).isoformat()[:19])
-    return f"{cached[1]}.{fraction:06d}+00:00"
+    if cached[0] != digits[:-9]:
+        second = datetime.fromtimestamp(int(digits[:-9]), UTC)
+        cached = _second = (digits[:-9], second.isoformat()[:19])
+    return f"{cached[1]}.{digits[-9:-3]}+00:00"
 
 
 _quote = json.encoder.encode_basestring_ascii  # the C function behind json.dumps(str)

@@ -21,6 +21,7 @@ from outbox.envelope import (
     uuid7_text,
 )
 from outbox.errors import InvalidEvent, InvalidSession
+from outbox.registry import registry
 from outbox.settings import Settings
 from outbox.writer import connections, internals, registered, sessions
 from outbox.writer.buffers import PendingEvent, Place, Share, is_repeat
@@ -133,7 +134,9 @@ class Outbox:
             name, content = registered.subject_of(subject), subject
         if type(name) is not str or name not in self._subjects:
             name = self._checked(name)
-        content, key = registered.fitted(name, content, key)
+        known = registry.of(name)
+        if known is not None or type(content) is not dict:
+            content, key = registered.fitted(name, known, content, key)
         event = self._finished(
             name, content, key, correlation_id, event_id, headers, metadata, deliver_at
         )

@@ -23,17 +23,18 @@ def subject_of(payload: BaseModel) -> str:
     raise TypeError(f"{name} is registered for {', '.join(subjects)}: name one of them")
 
 
-def fitted(subject: str, payload: object, key: str | None) -> tuple[object, str | None]:
+def fitted(
+    subject: str, known: Registration | None, payload: object, key: str | None
+) -> tuple[object, str | None]:
     """Return the payload as its subject's model, and the key that is given or made of it.
 
-    Nothing is registered for most subjects; those take any payload, but no other subject's.
+    A subject for which nothing is registered takes any payload, but no other subject's.
 
     Raises:
         InvalidEvent: the payload is not what the subject is registered with, or its key fails.
     """
-    known = registry.of(subject)
     if known is None:
-        if type(payload) is not dict and isinstance(payload, BaseModel):
+        if isinstance(payload, BaseModel):
             _refuse_others(subject, payload)
         return payload, key
     model = _model(known, payload)
