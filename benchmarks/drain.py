@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from outbox.embedded import EmbeddedNats, EmbeddedPostgres
 from outbox.jetstream.client import JetStreamClient
-from outbox.jetstream.publishing import frame, header_block
+from outbox.jetstream.publishing import frame, message_head
 from outbox.postgres import schema
 from outbox.relay import Relay
 from outbox.settings import Settings
@@ -67,9 +67,10 @@ async def ceiling(url: str, events: int) -> float:
     blobs = [
         b"".join(
             frame(
-                "evt.raw.added.v1",
+                message_head("evt.raw.added.v1", "RAW"),
                 f"_INBOX.raw.{index}",
-                header_block(str(uuid4()), "RAW", b""),
+                str(uuid4()),
+                b"",
                 b"x" * BODY_BYTES,
             )
             for index in range(start, min(start + WINDOW // 2, events))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import NamedTuple
 from uuid import UUID
 
@@ -22,7 +22,6 @@ class Row(NamedTuple):
     subject: str
     headers: bytes
     body: bytes
-    created_at: datetime
     early: bool  # its deliver_at has not come yet
     attempts: int = 0
     republished: int = 0
@@ -64,7 +63,7 @@ READ = """
 SELECT m.*, CAST(pg_snapshot_xmin(s.s) AS text)
 FROM (SELECT pg_current_snapshot() AS s) AS s
 LEFT JOIN LATERAL (
-  SELECT id, CAST(event_id AS text), key, subject, headers, body, created_at, early
+  SELECT id, CAST(event_id AS text), key, subject, headers, body, early
   FROM (
     SELECT *, sum(bytes) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) - bytes AS before
     FROM (
@@ -153,10 +152,10 @@ async def read(
         found = await driver.fetch(
             raw(schema, READ), floor, in_flight, rows_max, bytes_max, timeout=STATEMENT_SECONDS
         )
-    xmin = int(found[0][8])
+    xmin = int(found[0][7])
     if found[0][0] is None:
         return Read([], xmin, full=False)
-    rows = [Row(*record[:8]) for record in map(tuple, found)]
+    rows = [Row(*record[:7]) for record in found]
     full = len(rows) >= rows_max or sum(len(row.body) for row in rows) >= bytes_max
     return Read(rows, xmin, full)
 

@@ -14,7 +14,7 @@ from outbox.postgres.tables import raw
 
 # The running sum ends a page by bytes.
 _PAGE = """
-SELECT id, CAST(event_id AS text), key, subject, headers, body, created_at, false, attempts,
+SELECT id, CAST(event_id AS text), key, subject, headers, body, false, attempts,
        republished, reason
 FROM (
   SELECT *, sum(octet_length(body)) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING)

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -44,12 +44,14 @@ class Flight:
     no_responders: list[int] = field(default_factory=list)
     outage: str | None = None
     sent_at: float | None = None  # monotonic; when the last piece was handed over
+    generation: int = -1  # of the connection that it was sent on
     _ready: list[int] = field(default_factory=list)
     _claimed: list[tuple[int, Answer]] = field(default_factory=list)  # duplicates to look up
     _suffix: dict[int, int] = field(default_factory=dict)
     _event: asyncio.Event = field(default_factory=asyncio.Event)
     _acked_at: float = 0.0
     _success: Callable[[bytes], "re.Match[bytes] | None"] = lambda _: None
+    _heads: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)  # of frames, by subject
 
     async def run(self) -> None:
         """Send the page and wait until each row is decided, or the broker is out.
@@ -58,8 +60,9 @@ class Flight:
             LaneLost: what was not sent stays unsent.
         """
         self._success = publishing.success(self.stream)
-        self._acked_at = asyncio.get_running_loop().time()
-        self.inbox.on_ack = self._on_ack
+        self._acked_at = time.monotonic()
+        self.generation = self.inbox.generation
+        self.inbox.takers.append(self._on_ack)
         unsubscribe = self.client.on_change(self._event.set)
         try:
             await self._send(self.page.first)
@@ -68,11 +71,21 @@ class Flight:
             self.outage = str(error)
         finally:
             unsubscribe()
-            self.inbox.on_ack = publishing.ignore  # late acks mean nothing
+            self.inbox.takers.remove(self._on_ack)
             self.page.give_up()
 
+    @property
+    def connected(self) -> bool:
+        """True while the connection lasts that the page is sent on."""
+        return self.inbox.current and self.inbox.generation == self.generation
+
+    def release(self, blocked: Collection[str], *, outage: bool) -> None:
+        """Send what waited for the page before, which has ended; see `Page.release`."""
+        self._ready += self.page.release(blocked, outage=outage)
+        self._acked_at = time.monotonic()
+        self._event.set()
+
     async def _wait(self) -> None:
-        loop = asyncio.get_running_loop()
         while self.page.undecided:
             self._event.clear()
             if self._claimed:
@@ -81,16 +94,20 @@ class Flight:
                 ready, self._ready = self._ready, []
                 await self._follow(ready)
             else:
-                if not self.inbox.current:
+                if not self.connected:
                     raise BrokerUnavailable("disconnected while events were in flight")
-                left = self._acked_at + self.timeout.total_seconds() - loop.time()
-                if left <= 0:
-                    raise BrokerUnavailable(f"no ack within {self.timeout}")
-                await self._until_event(left)
+                await self._until_event()
 
-    async def _until_event(self, seconds: float) -> None:
+    async def _until_event(self) -> None:
+        """Wait for an ack or another event; no ack in time means that the broker is out.
+
+        While rows are deferred the page before is in flight, which has the same deadline.
+        """
+        left = self._acked_at + self.timeout.total_seconds() - time.monotonic()
+        if left <= 0 and not self.page.deferred:
+            raise BrokerUnavailable(f"no ack within {self.timeout}")
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(left if left > 0 else self.timeout.total_seconds()):
                 await self._event.wait()
         except TimeoutError:
             return
@@ -112,6 +129,8 @@ class Flight:
                 return
             frames = self._frames(indexes[start : start + CHUNK_ROWS])
             if frames:
+                if not self.connected:
+                    raise BrokerUnavailable("disconnected")
                 await self.inbox.write(frames)
                 self.sent_at = time.monotonic()
                 self.sent(len(frames))
@@ -120,36 +139,39 @@ class Flight:
     def _frames(self, indexes: Sequence[int]) -> list[bytes]:
         frames: list[bytes] = []
         rows, states, prefix, base = self.page.rows, self.page.states, self.inbox.prefix, self.base
-        payload_max = self.inbox.payload_max
+        payload_max, heads, frame = self.inbox.payload_max, self._heads, publishing.frame
         for index in indexes:
             row = rows[index]
+            message_id, subject, lines, body = row.event_id, row.subject, row.headers, row.body
             suffix = self._suffix.get(index, row.republished)
-            message_id = f"{row.event_id}~r{suffix}" if suffix else row.event_id
-            stream = self.streams.get(row.subject, self.stream)
-            header = publishing.header_block(message_id, stream, row.headers)
-            found = publishing.obstacle(
-                row.subject, len(header), len(row.body), payload_max=payload_max
-            )
+            if suffix:
+                message_id = f"{message_id}~r{suffix}"
+            head = heads.get(subject)
+            if head is None:
+                stream = self.streams.get(subject, self.stream)
+                head = heads[subject] = publishing.message_head(subject, stream)
+            size = publishing.header_bytes(message_id, head, lines)
+            found = publishing.obstacle(subject, size, len(body), payload_max=payload_max)
             if found is not None:
-                error = f"{len(header)} bytes of headers and {len(row.body)} of body"
+                error = f"{size} bytes of headers and {len(body)} of body"
                 self._bury(index, OBSTACLES[found], error, attempts=row.attempts)
                 continue
             states[index] = State.SENT
-            frames.append(
-                publishing.frame(row.subject, f"{prefix}{base + index}", header, row.body)
-            )
+            frames.append(frame(head, f"{prefix}{base + index}", message_id, lines, body))
         return frames
 
-    def _on_ack(self, token: int, data: bytes) -> None:
+    def _on_ack(self, token: int, data: bytes) -> bool:
+        """Take the ack of one row; return False when it is another page's."""
         index = token - self.base
         states = self.page.states
-        if not 0 <= index < len(states) or states[index] is not State.SENT:
-            return
+        if not 0 <= index < len(states):
+            return False
+        if states[index] is not State.SENT:
+            return True
         success = self._success(data)
         if success is not None:
-            self.confirmed.append((self.page.rows[index].id, int(success[1]), self.stream))
-            self._decide(index, State.CONFIRMED)
-            return
+            self._confirm(index, int(success[1]), self.stream)
+            return True
         row = self.page.rows[index]
         if not data:
             self.no_responders.append(index)
@@ -157,6 +179,7 @@ class Flight:
         else:
             answer = publishing.classify(data, self.streams.get(row.subject, self.stream))
         self._answered(index, answer)
+        return True
 
     def _answered(self, index: int, answer: Answer) -> None:
         row = self.page.rows[index]
@@ -208,7 +231,7 @@ class Flight:
         self._decide(index, State.DEAD)
 
     def _decide(self, index: int, state: State) -> None:
-        self._acked_at = asyncio.get_running_loop().time()
+        self._acked_at = time.monotonic()
         following = self.page.decide(index, state)
         if following is not None:
             self._ready.append(following)

@@ -1,15 +1,17 @@
 """The work of the relay that holds a lane: read, publish, settle, each page beside its neighbours.
 
-While a page is in flight the next one is read and the one before is settled. Publishing is one page
-after another, so that a key is never in flight twice.
+Two pages may be in flight while a third is read and the one before them is settled. Of a key that
+is in both flights the later page sends nothing before the earlier one has ended, so that a key is
+never in flight twice.
 """
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -38,6 +40,17 @@ SWEEP = timedelta(seconds=30)
 IDLE_FIRST = 0.002
 WAITING_CHECK = 0.5
 STREAMS_MAX = 1000  # subjects whose stream is remembered
+
+
+@dataclass(slots=True)
+class Air:
+    """A page of `pending` in flight."""
+
+    flight: Flight
+    task: asyncio.Task[None]
+    number: int  # of the page
+    last: int  # its highest id
+    partial: bool = False  # rows of the page were left out
 
 
 class Lane:
@@ -69,8 +82,10 @@ class Lane:
         self._blocked = Blocked()
         self._in_flight: dict[int, list[int]] = {}  # page number: its ids, read and not settled
         self._reading: asyncio.Task[tuple[int, Read]] | None = None
+        self._air: Air | None = None
         self._settling: asyncio.Task[None] | None = None
         self._token = 0
+        self._close_seen = -1  # the connection whose close was taken note of
         self._streams: dict[str, str] = {}
         self._pending = Caution()
         self._waiting = Caution()
@@ -95,9 +110,12 @@ class Lane:
             try:
                 while not self._stopping.is_set():
                     self._lease.check()
+                    if self._is_wary() or not self._inbox.current:
+                        await self._land(settler)
                     if not await self._broker_ready():
                         continue
                     if time.monotonic() - checked >= WAITING_CHECK or self._blocked.released:
+                        await self._land(settler)
                         await self._settled()
                         await self._reader_free()
                         await self._publish_held(held, settler)
@@ -106,6 +124,7 @@ class Lane:
                         idle = IDLE_FIRST
                     else:
                         idle = await self._rest(idle)
+                await self._land(settler)
                 await self._settled()
             finally:
                 await self._end_tasks()
@@ -132,13 +151,17 @@ class Lane:
         """Return whether frames can be sent; wait a little when not."""
         try:
             await self._inbox.open()
-            if self._pending.closes or self._waiting.closes or self._suspicion.hang_ups:
+            if self._is_wary():
                 await self._inbox.probe()  # a close after this answers what is sent next
         except BrokerUnavailable as error:
             self._suspicion.clear()
             await self._back_off(str(error))
             return False
         return True
+
+    def _is_wary(self) -> bool:
+        """Return whether the connection closed lately with events in flight."""
+        return bool(self._pending.closes or self._waiting.closes or self._suspicion.hang_ups)
 
     async def _back_off(self, reason: str) -> None:
         await self._settled()
@@ -164,34 +187,69 @@ class Lane:
     # --- pending -----------------------------------------------------------------------------
 
     async def _publish_pending(self, reader: Driver, settler: Settler) -> bool:
-        """Publish the next page; return False when there is none."""
+        """Start the next page, and land the one before; return False when there is neither."""
         task = self._reading or asyncio.create_task(self._read(reader))
         self._reading = task
         number, read = await task
         self._reading = None
         if not read.rows:
-            return False
+            return await self._land(settler)
         self._observer.on_step(Moment(Step.READ, "relay", count=len(read.rows)))
-        rows = read.rows
-        if self._pending.cap:
-            rows = rows[: self._pending.cap]
+        cap = self._pending.cap
+        rows = read.rows[:cap] if cap else read.rows
+        if cap:
+            await self._land(settler)  # what closes the connection must fly alone
         else:
             self._reading = asyncio.create_task(self._read(reader))
-        flight = await self._fly(Page(rows, self._blocked.keys), rows, self._pending)
-        self._note_blocked(flight)
-        await self._settled()
-        partial = len(rows) < len(read.rows)
-        last = read.rows[-1].id
-        if flight.outage is not None:
-            await self._conclude(settler, flight, number, last, partial=partial)
-            await self._back_off(flight.outage)
-            return True
-        self._settling = asyncio.create_task(
-            self._conclude(settler, flight, number, last, partial=partial)
+        before = self._air
+        busy = frozenset[str]() if before is None else before.flight.page.keys
+        flight = await self._prepared(Page(rows, self._blocked.keys, busy))
+        self._air = Air(
+            flight,
+            asyncio.create_task(self._fly(flight, self._pending), name=f"page {number}"),
+            number,
+            read.rows[-1].id,
+            partial=len(rows) < len(read.rows),
         )
-        if partial:
+        if before is not None:
+            outage = await self._landed(settler, before, following=self._air)
+            if outage is not None:
+                await self._land(settler, outage)
+        if cap:
+            await self._land(settler)
             await self._settled()
         return True
+
+    async def _land(self, settler: Settler, outage: str | None = None) -> bool:
+        """Wait until nothing is in flight; return False when nothing was.
+
+        Args:
+            outage: of the flight before; it is sat out, as is this flight's.
+        """
+        if self._air is None:
+            return False
+        outage = await self._landed(settler, self._air) or outage
+        self._air = None
+        if outage is not None:
+            await self._back_off(outage)
+        return True
+
+    async def _landed(self, settler: Settler, air: Air, following: Air | None = None) -> str | None:
+        """Wait for one flight and begin to settle it; return why it was cut short, if it was.
+
+        Args:
+            following: the flight after it, whose deferred rows may go now.
+        """
+        await air.task
+        flight = air.flight
+        self._note_blocked(flight)
+        if following is not None:
+            following.flight.release(self._blocked.keys, outage=flight.outage is not None)
+        await self._settled()
+        self._settling = asyncio.create_task(self._conclude(settler, air), name="settle")
+        if flight.outage is not None:
+            await self._settled()
+        return flight.outage
 
     async def _read(self, reader: Driver) -> tuple[int, Read]:
         sweep = time.monotonic() - self._swept >= SWEEP.total_seconds()
@@ -228,15 +286,13 @@ class Lane:
             if key is not None:
                 self._blocked.keys.add(key)
 
-    async def _conclude(
-        self, settler: Settler, flight: Flight, number: int, last: int, *, partial: bool
-    ) -> None:
-        done: Settled = await settler.settle(flight, "pending")
-        if done.complete and not partial:
-            self._floor.closed(number, barrier=done.barrier, last=last)
+    async def _conclude(self, settler: Settler, air: Air) -> None:
+        done: Settled = await settler.settle(air.flight, "pending")
+        if done.complete and not air.partial:
+            self._floor.closed(air.number, barrier=done.barrier, last=air.last)
         else:
-            self._floor.reset(number)
-        self._in_flight.pop(number, None)
+            self._floor.reset(air.number)
+        self._in_flight.pop(air.number, None)
 
     async def _settled(self) -> None:
         """Wait until the page before is settled."""
@@ -258,8 +314,9 @@ class Lane:
             self._in_flight.pop(number, None)
 
     async def _end_tasks(self) -> None:
-        tasks = [task for task in (self._reading, self._settling) if task is not None]
-        self._reading = self._settling = None
+        flying = None if self._air is None else self._air.task
+        tasks = [task for task in (self._reading, self._settling, flying) if task is not None]
+        self._reading = self._settling = self._air = None
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -274,7 +331,8 @@ class Lane:
         if self._waiting.cap:
             rows = rows[: self._waiting.cap]
         page = Page(rows, ())
-        flight = await self._fly(page, rows, self._waiting)
+        flight = await self._prepared(page)
+        await self._fly(flight, self._waiting)
         held.hold_behind(page, behind)
         await settler.settle(flight, "waiting")
         self._note_blocked(flight)
@@ -284,8 +342,7 @@ class Lane:
 
     # --- both --------------------------------------------------------------------------------
 
-    async def _fly(self, page: Page, rows: list[Row], caution: Caution) -> Flight:
-        self.unanswered_since = self.unanswered_since or time.monotonic()
+    async def _prepared(self, page: Page) -> Flight:
         flight = Flight(
             page,
             self._inbox,
@@ -296,28 +353,33 @@ class Lane:
             self._settings.publish_attempts_max,
             self._lease.check,
             self._told_sent(),
-            streams=await self._streams_of(rows),
+            streams=await self._streams_of(page.rows),
         )
-        self._token += len(rows)
+        self._token += len(page.rows)
+        return flight
+
+    async def _fly(self, flight: Flight, caution: Caution) -> None:
+        """Send the page, wait for its acks, and find out what their absence means."""
+        self.unanswered_since = self.unanswered_since or time.monotonic()
         await flight.run()
         refused = self._inbox.refused  # while the error is known: a new connection forgets it
         at_once = flight.sent_at is not None and time.monotonic() - flight.sent_at <= AT_ONCE
-        disconnected = flight.outage is not None and not self._inbox.current
+        disconnected = flight.outage is not None and not flight.connected
         await self._explain(flight)
         if disconnected:
             self._watch_close(flight, caution, refused=refused, at_once=at_once)
         elif flight.outage is None:
             caution.passed(self._settings.page_rows_max)
-        if not disconnected and any(row.id == self._suspicion.id for row in rows):
+        if not disconnected and any(row.id == self._suspicion.id for row in flight.page.rows):
             self._suspicion.clear()
         self._observer.on_step(Moment(Step.CONFIRMED, "relay", count=len(flight.confirmed)))
         if flight.duplicates:
             self._observer.on_step(Moment(Step.DUPLICATE, "relay", count=flight.duplicates))
         if flight.confirmed or flight.outage is None:
-            self.acked_at, self.unanswered_since = time.monotonic(), None
+            self.acked_at = time.monotonic()
+            self.unanswered_since = self.acked_at if self._inbox.takers else None
         if flight.outage is None:
             self._broker.over()
-        return flight
 
     def _told_sent(self) -> Callable[[int], None]:
         return lambda count: self._observer.on_step(Moment(Step.SENT, "relay", count=count))
@@ -331,8 +393,9 @@ class Lane:
         that it comes at once, each time, after a connection that answered, tells them apart.
         """
         unknown = flight.page.having(State.UNKNOWN)
-        if not unknown or flight.sent_at is None:
-            return
+        if not unknown or flight.sent_at is None or flight.generation == self._close_seen:
+            return  # of two pages that one close ended, the first has counted it
+        self._close_seen = flight.generation
         caution.closed()
         if len(flight.page.rows) > 1:
             return
@@ -380,7 +443,7 @@ class Lane:
             return False
         return not names
 
-    async def _streams_of(self, rows: list[Row]) -> dict[str, str]:
+    async def _streams_of(self, rows: Sequence[Row]) -> dict[str, str]:
         """Return the stream of each `dlq.` subject that is not the usual one."""
         found: dict[str, str] = {}
         for subject in {row.subject for row in rows if row.subject.startswith("dlq.")}:

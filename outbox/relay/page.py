@@ -1,7 +1,8 @@
 """What of a page may be sent now. Pure.
 
 Events without a key are all sent at once; of each key one is in flight, and the next follows when
-it is decided. A key that fails holds its later rows back.
+it is decided. A key that fails holds its later rows back. Two pages may be in flight, and of a key
+in both the later page sends nothing before the earlier one has ended.
 """
 
 from collections.abc import Collection, Sequence
@@ -27,12 +28,20 @@ _PASSES = frozenset({State.CONFIRMED, State.DEAD})  # the next of the key may go
 
 
 class Page:
-    """The rows of one read, in id order, and how far each has come."""
+    """The rows of one read, in id order, and how far each has come.
 
-    def __init__(self, rows: Sequence[Row], blocked: Collection[str]) -> None:
+    Args:
+        blocked: keys that have rows in `waiting`; rows of these go there too.
+        busy: keys of the page before, which is still in flight; rows of these wait for `release`.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], blocked: Collection[str], busy: Collection[str] = ()
+    ) -> None:
         self.rows = rows
         self.states = [State.UNSENT] * len(rows)
         self.first: list[int] = []  # may be sent at once
+        self.deferred: list[int] = []  # first of a busy key
         self._next: dict[int, int] = {}  # row: the next of its key
         latest: dict[str, int] = {}
         for index, row in enumerate(rows):
@@ -47,8 +56,13 @@ class Page:
                 latest[row.key] = index
             else:
                 latest[row.key] = index
-                self.first.append(index)
-        self.undecided = len(self.first) + len(self._next)
+                (self.deferred if row.key in busy else self.first).append(index)
+        self.undecided = len(self.first) + len(self.deferred) + len(self._next)
+
+    @property
+    def keys(self) -> set[str]:
+        """The keys of all rows."""
+        return {row.key for row in self.rows if row.key is not None}
 
     def decide(self, index: int, state: State) -> int | None:
         """Note the end of row `index`; return the row of its key that may be sent now, if any."""
@@ -57,12 +71,34 @@ class Page:
         following = self._next.get(index)
         if following is None or state in _PASSES:
             return following
-        while following is not None:  # behind a failure: blocked; behind an outage: as it was
-            self.undecided -= 1
-            if state is State.FAILED:
-                self.states[following] = State.BLOCKED
-            following = self._next.get(following)
+        # behind a failure: blocked; behind an outage: as it was
+        self._leave(following, State.BLOCKED if state is State.FAILED else State.UNSENT)
         return None
+
+    def release(self, blocked: Collection[str], *, outage: bool) -> list[int]:
+        """Decide on deferred rows once the page before has ended; return those to be sent now.
+
+        Args:
+            blocked: the keys that are blocked by now.
+            outage: the page before ended in one, so what it held of a key may come again.
+        """
+        ready: list[int] = []
+        for index in self.deferred:
+            if outage:
+                self._leave(index, State.UNSENT)
+            elif self.rows[index].key in blocked:
+                self._leave(index, State.BLOCKED)
+            else:
+                ready.append(index)
+        self.deferred = []
+        return ready
+
+    def _leave(self, index: int | None, state: State) -> None:
+        """Let row `index` and all behind it end as `state`, unsent."""
+        while index is not None:
+            self.undecided -= 1
+            self.states[index] = state
+            index = self._next.get(index)
 
     def give_up(self) -> None:
         """Make unknown what is still in flight: the broker has not answered."""

@@ -1,11 +1,14 @@
 """What the registry says about an event: its subject, its payload's model and its key."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from outbox.errors import InvalidEvent
 from outbox.registry import Registration, registry
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def subject_of(payload: BaseModel) -> str:
@@ -37,7 +40,7 @@ def fitted(
         if isinstance(payload, BaseModel):
             _refuse_others(subject, payload)
         return payload, key
-    model = _model(known, payload)
+    model = validated(known.subject, known.payload, payload)
     return model, _key(known, model) if key is None else key
 
 
@@ -49,19 +52,24 @@ def _refuse_others(subject: str, payload: BaseModel) -> None:
         raise InvalidEvent("payload", rule)
 
 
-def _model(known: Registration, payload: object) -> BaseModel:
-    if isinstance(payload, known.payload):
+def validated(subject: str, wanted: type[Model], payload: object) -> Model:
+    """Return `payload` if it is a `wanted`, or the one that a mapping makes.
+
+    Raises:
+        InvalidEvent: it is neither, or the first of its fields that is wrong, without its value.
+    """
+    if isinstance(payload, wanted):
         return payload
-    wanted = known.payload.__name__
+    name = wanted.__name__
     if not isinstance(payload, Mapping):
-        rule = f"'{known.subject}' takes {wanted} or a mapping, not {type(payload).__name__}"
+        rule = f"'{subject}' takes {name} or a mapping, not {type(payload).__name__}"
         raise InvalidEvent("payload", rule)
-    free = "extra" not in known.payload.model_config
+    free = "extra" not in wanted.model_config
     try:
         # What the model does not name travels along, as the wire promises of unknown fields.
-        return known.payload.model_validate(dict(payload), extra="allow" if free else None)
+        return wanted.model_validate(dict(payload), extra="allow" if free else None)
     except ValidationError as error:
-        raise InvalidEvent("payload", f"is no {wanted}: {_first(error)}") from None
+        raise InvalidEvent("payload", f"is no {name}: {_first(error)}") from None
     except RecursionError:
         raise InvalidEvent("payload", "is too deep, or holds itself") from None
 

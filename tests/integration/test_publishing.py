@@ -68,26 +68,21 @@ async def test_frames_are_stored_with_headers_and_acked(
     acks: dict[int, bytes] = {}
     done = asyncio.Event()
 
-    def on_ack(token: int, data: bytes) -> None:
+    def take(token: int, data: bytes) -> bool:
         acks[token] = data
         if len(acks) == 3:
             done.set()
+        return True
 
-    inbox.on_ack = on_ack
+    inbox.takers.append(lambda _token, _data: False)  # another page
+    inbox.takers.append(take)
+    head = publishing.message_head("evt.a", stream)
     frames = [
-        publishing.frame(
-            "evt.a",
-            f"{inbox.prefix}{n}",
-            publishing.header_block(f"id-{n}", stream, b"Outbox-Key: k\r\n"),
-            b"{}",
-        )
+        publishing.frame(head, f"{inbox.prefix}{n}", f"id-{n}", b"Outbox-Key: k\r\n", b"{}")
         for n in range(2)
     ]
-    frames.append(
-        publishing.frame(
-            "evt.a", f"{inbox.prefix}2", publishing.header_block("x", "OTHER", b""), b""
-        )
-    )
+    other = publishing.message_head("evt.a", "OTHER")
+    frames.append(publishing.frame(other, f"{inbox.prefix}2", "x", b"", b""))
     await inbox.write(frames)
     async with asyncio.timeout(5):
         await done.wait()

@@ -1,7 +1,6 @@
 """One event of a key is in flight; a failed one holds the later ones back, no others."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,13 +8,9 @@ from hypothesis import strategies as st
 from outbox.postgres.pending import Row
 from outbox.relay.page import Page, State
 
-MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
-
 
 def rows(keys: Sequence[str | None], early: Sequence[int] = ()) -> list[Row]:
-    return [
-        Row(n, str(n), key, "evt.a", b"", b"", MOMENT, n in early) for n, key in enumerate(keys)
-    ]
+    return [Row(n, str(n), key, "evt.a", b"", b"", n in early) for n, key in enumerate(keys)]
 
 
 def test_events_without_a_key_and_heads_of_keys_go_first() -> None:
@@ -56,6 +51,28 @@ def test_rows_of_a_blocked_key_are_not_sent() -> None:
     page = Page(rows(["a", None, "b"]), {"a"})
     assert page.first == [1, 2]
     assert page.states[0] is State.BLOCKED
+
+
+def test_rows_of_a_busy_key_wait_for_the_page_before() -> None:
+    page = Page(rows(["a", None, "a", "b"]), (), busy={"a"})
+    assert page.first == [1, 3]
+    assert page.undecided == 4
+    assert page.release((), outage=False) == [0]
+    assert page.decide(0, State.CONFIRMED) == 2
+
+
+def test_deferred_rows_are_blocked_when_the_page_before_failed_on_their_key() -> None:
+    page = Page(rows(["a", "a", "b"]), (), busy={"a", "b"})
+    assert page.release({"a"}, outage=False) == [2]
+    assert page.states == [State.BLOCKED, State.BLOCKED, State.UNSENT]
+    assert page.undecided == 1
+
+
+def test_deferred_rows_stay_when_the_page_before_ended_in_an_outage() -> None:
+    page = Page(rows(["a", "a"]), (), busy={"a"})
+    assert page.release((), outage=True) == []
+    assert page.states == [State.UNSENT, State.UNSENT]
+    assert page.undecided == 0
 
 
 @given(
