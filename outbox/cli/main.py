@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from outbox.cli import dev, logs, options, services, tables
+from outbox.cli import contracts, dev, logs, options, services, tables
 from outbox.cli.running import finish, report
 from outbox.errors import OutboxError
 from outbox.settings import Settings
@@ -18,7 +18,8 @@ EXAMPLES = """  outbox migrate                          make or upgrade the tabl
   outbox dev                              PostgreSQL and nats-server until Ctrl-C
   outbox demo                             killed relays, repeated messages, one effect each
   outbox listen app.events:SendMail       run a listener and a relay
-  outbox run app.main:workers             run relays and listeners of your own making"""
+  outbox run app.main:workers             run relays and listeners of your own making
+  outbox contracts --import app.events list   payloads and their subjects"""
 _EACH = {
     "migrate": (tables.migrate, "make or upgrade the tables", "  outbox migrate"),
     "status": (tables.show, "show how the outbox does", "  outbox status --json"),
@@ -26,6 +27,14 @@ _EACH = {
     "demo": (dev.demo, "show exactly one effect per event", "  outbox demo"),
     "listen": (services.listen, "run listener classes", "  outbox listen app.events:SendMail"),
     "run": (services.run, "run workers of your own making", "  outbox run app.main:workers"),
+    "contracts": (
+        contracts.contracts,
+        "list payloads, print their schemas, find breaking changes",
+        """  outbox contracts --import app.events list
+  outbox contracts --import app.events schema evt.order.placed.v1
+  outbox contracts --import app.events freeze schemas.json
+  outbox contracts --import app.events check schemas.json   exit 1 when something breaks""",
+    ),
 }
 
 
@@ -70,6 +79,7 @@ def _add_own(made: dict[str, argparse.ArgumentParser]) -> None:
     made["listen"].add_argument(
         "--no-relay", action="store_true", help="run no relay for what the handlers add"
     )
+    contracts.add_arguments(made["contracts"])
     made["run"].add_argument("object", metavar="MODULE:NAME")
 
 

@@ -28,6 +28,26 @@ logger = logging.getLogger(__name__)
 _DECLARED = ("subject", "queue_group", "service_name", "stream_name", "max_deliver", "ack_wait")
 
 
+def _read_property(cls: type, name: str) -> None:
+    """Replace a property by its value, which older classes compute of nothing but constants."""
+    found = vars(cls).get(name)
+    if not isinstance(found, property) or found.fget is None:
+        return
+    try:
+        value = found.fget(object.__new__(cls))
+    except Exception as error:
+        raise TypeError(f"{cls.__name__}.{name} needs an instance: make it an attribute") from error
+    setattr(cls, name, value)
+
+
+def _session_first(handler: Callable[..., Any]) -> bool | None:
+    """Return whether a handler takes the session before the event; None: it takes none."""
+    names = list(inspect.signature(handler).parameters)[1:]
+    if len(names) < 2:  # noqa: PLR2004 - session and event
+        return None
+    return names[1] != "session"
+
+
 class OlderListener(Listener):
     """What both adapters share; subclass one of them, not this.
 
@@ -122,26 +142,6 @@ class EnvelopeListener(OlderListener):
     @override
     def _argument(self, event: EventEnvelope) -> Any:
         return event
-
-
-def _read_property(cls: type, name: str) -> None:
-    """Replace a property by its value, which older classes compute of nothing but constants."""
-    found = vars(cls).get(name)
-    if not isinstance(found, property) or found.fget is None:
-        return
-    try:
-        value = found.fget(object.__new__(cls))
-    except Exception as error:
-        raise TypeError(f"{cls.__name__}.{name} needs an instance: make it an attribute") from error
-    setattr(cls, name, value)
-
-
-def _session_first(handler: Callable[..., Any]) -> bool | None:
-    """Return whether a handler takes the session before the event; None: it takes none."""
-    names = list(inspect.signature(handler).parameters)[1:]
-    if len(names) < 2:  # noqa: PLR2004 - session and event
-        return None
-    return names[1] != "session"
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,8 @@ def fitted(
             _refuse_others(subject, payload)
         return payload, key
     model = validated(known.subject, known.payload, payload)
-    return model, _key(known, model) if key is None else key
+    content = model if model is payload else _with_extras(model)
+    return content, _key(known, model) if key is None else key
 
 
 def _refuse_others(subject: str, payload: BaseModel) -> None:
@@ -72,6 +73,26 @@ def validated(subject: str, wanted: type[Model], payload: object) -> Model:
         raise InvalidEvent("payload", f"is no {name}: {_first(error)}") from None
     except RecursionError:
         raise InvalidEvent("payload", "is too deep, or holds itself") from None
+
+
+def _with_extras(model: BaseModel) -> object:
+    """Return the model, or its plain form with what a mapping held beyond its fields.
+
+    Readers ignore unknown fields, but those of the caller must not vanish on the way to them.
+    """
+    content: dict[str, object] = model.model_dump(mode="json")
+    return content if _add_extras(model, content) else model
+
+
+def _add_extras(model: BaseModel, content: dict[str, object]) -> bool:
+    extras = model.model_extra or {}
+    content.update(extras)
+    found = bool(extras)
+    for name in type(model).model_fields:
+        value, inner = getattr(model, name), content.get(name)
+        if isinstance(value, BaseModel) and isinstance(inner, dict):
+            found = _add_extras(value, inner) or found
+    return found
 
 
 def _first(error: ValidationError) -> str:

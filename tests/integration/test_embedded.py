@@ -21,13 +21,14 @@ from outbox.errors import ConfigurationError
 from tests.servers import jetstream
 
 HOLD = """
-import json, signal, sys
+import json, sys, time
 from outbox.embedded import EmbeddedNats, EmbeddedPostgres
 try:
     with EmbeddedPostgres() as postgres, EmbeddedNats() as nats:
         print(json.dumps([postgres.pid, nats.pid, str(postgres.directory), str(nats.directory)]))
         sys.stdout.flush()
-        signal.pause()
+        while True:  # not signal.pause: it misses a signal that comes just before
+            time.sleep(1)
 except KeyboardInterrupt:
     sys.exit(130)
 """
