@@ -21,8 +21,9 @@ from outbox.errors import ConfigurationError
 from tests.servers import jetstream
 
 HOLD = """
-import json, sys, time
+import json, signal, sys, time
 from outbox.embedded import EmbeddedNats, EmbeddedPostgres
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 try:
     with EmbeddedPostgres() as postgres, EmbeddedNats() as nats:
         print(json.dumps([postgres.pid, nats.pid, str(postgres.directory), str(nats.directory)]))
