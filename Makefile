@@ -21,6 +21,7 @@ check: $(VENV)/.installed
 	@$(BIN)/mypy
 	@$(BIN)/basedpyright
 	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/outbox contracts --import outbox.contracts check outbox/contracts/schemas.json
 
 # Each prints its figure and what is wanted; one that misses does not keep the others from running.
 bench: $(VENV)/.installed

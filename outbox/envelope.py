@@ -6,7 +6,7 @@ import random
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from hashlib import sha256
@@ -19,6 +19,7 @@ from pydantic_core import PydanticSerializationError, to_json
 from typing_extensions import TypeVar
 
 from outbox.errors import InvalidEvent, OutboxError, shorten
+from outbox.registry import registry
 from outbox.subjects import check_text
 
 DEPTH_MAX = 100  # Python 3.11's json gives up at about 1,000 levels, 3.13's much later
@@ -384,6 +385,20 @@ def parse(
         key=found.get("outbox-key"),
         headers=dict(headers),
     )
+
+
+def with_registered_payload(event: EventEnvelope[Any]) -> EventEnvelope[Any]:
+    """Return the event with its payload as the model that is registered for its subject, if any.
+
+    Validated as JSON, where strict models take text for times and ids too.
+
+    Raises:
+        pydantic.ValidationError: the data does not fit.
+    """
+    known = registry.of(event.event_type)
+    if known is None:
+        return event
+    return replace(event, payload=known.payload.model_validate_json(to_json(event.data)))
 
 
 def _fields(body: bytes) -> dict[str, Any]:

@@ -74,8 +74,8 @@ def basedpyright(*files: Path, project: Path) -> set[tuple[str, int]]:
     }
 
 
-def test_ten_files_hold_one_refused_line_each() -> None:
-    assert len(REFUSED) == 10
+def test_each_file_holds_one_refused_line() -> None:
+    assert len(REFUSED) >= 10
     assert sorted(name for name, _ in marked()) == [path.name for path in REFUSED]
 
 

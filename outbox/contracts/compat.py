@@ -122,8 +122,8 @@ class OlderListener(Listener):
         return decided
 
     @override
-    def _make_handling(self, kind: type[Handling] = Handling, **more: Any) -> Handling:
-        handling = super()._make_handling(kind, **more)
+    def make_handling(self, kind: type[Handling] = Handling, **more: Any) -> Handling:
+        handling = super().make_handling(kind, **more)
         handling.on_error = self._decided
         return handling
 

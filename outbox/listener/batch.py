@@ -150,9 +150,9 @@ class BatchListener(Listener[P_co]):
         raise NotImplementedError
 
     @override
-    def _make_handling(self, kind: type[Handling] = Batching, **more: Any) -> Handling:
+    def make_handling(self, kind: type[Handling] = Batching, **more: Any) -> Handling:
         more |= {"batch_size": self.batch_size, "waits": self._beat_on}
-        return super()._make_handling(kind, **more)
+        return super().make_handling(kind, **more)
 
     @override
     def _prefetch(self) -> int:

@@ -25,6 +25,7 @@ from outbox.envelope import (
     fallback_key,
     inbox_key,
     parse,
+    with_registered_payload,
 )
 from outbox.errors import DatabaseUnavailable, OutboxError, Reject, Retry, shorten
 from outbox.jetstream.pulling import Message, Puller
@@ -34,7 +35,6 @@ from outbox.listener.guard import TransactionEscaped
 from outbox.listener.outage import Outage
 from outbox.postgres import attempts
 from outbox.postgres.dead_letters import printable
-from outbox.registry import registry
 from outbox.telemetry import Moment, Step
 
 logger = logging.getLogger(__name__)
@@ -132,16 +132,12 @@ class Handling:
         )
 
     def _with_payload(self, event: EventEnvelope[Any]) -> EventEnvelope[Any]:
-        """Validate as JSON, where strict models take text for times and ids too."""
         if self.adapter is None:
             return event
-        known = registry.of(event.event_type)
-        data = to_json(event.data)
-        payload = (
-            self.adapter.validate_json(data)
-            if known is None
-            else known.payload.model_validate_json(data)
-        )
+        known = with_registered_payload(event)
+        if known is not event:
+            return known
+        payload = self.adapter.validate_json(to_json(event.data))  # as JSON, as it was sent
         return dataclasses.replace(event, payload=payload)
 
     async def _work(self, puller: Puller, message: Message, work: Work) -> None:

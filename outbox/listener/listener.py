@@ -103,11 +103,12 @@ class Listener(Worker, Generic[P_co]):
         self._outage = Outage(self.identity, self.observer)
         self._places = self._limited()
         self._beats_end: dict[int, float] = {}  # of what a handler runs on, by loop time
-        self._handling = self._make_handling()
+        self._handling = self.make_handling()
         self._in_hand: dict[int, Message] = {}
         self._prepared = False
 
-    def _make_handling(self, kind: type[Handling] = Handling, **more: Any) -> Handling:
+    def make_handling(self, kind: type[Handling] = Handling, **more: Any) -> Handling:
+        """Return what handles this listener's messages; for the library's own subclasses."""
         schema_name = self.settings.schema_name
         return kind(
             attempt=Attempt(

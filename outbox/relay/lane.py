@@ -143,7 +143,7 @@ class Lane:
                     schema=self._schema,
                     lease=self._lease,
                     archive=self._settings.archive_retention is not None,
-                    tell=self._observer.on_step,
+                    observer=self._observer,
                 ),
             )
 

@@ -54,12 +54,12 @@ class Relay(Worker):
         self.grace = self.settings.grace
         self._engine = engine
         self._client = js_client
-        self._observer = observer or Observer()
+        self.observer = observer or Observer()
         self._lease = Lease(self.settings.schema_name, LANE, self.settings.lease)
         self._wake = asyncio.Event()
         self._lane: Lane | None = None
-        self._broker = Outage("broker", self._observer)
-        self._database = Outage("database", self._observer)
+        self._broker = Outage("broker", self.observer)
+        self._database = Outage("database", self.observer)
         # The connection that lease, upkeep and drain share, and who may use it now.
         self._shared: Driver | None = None
         self._turn = asyncio.Lock()
@@ -152,7 +152,7 @@ class Relay(Worker):
                     await self.pause(self._database.failed(str(error)))
                 except LaneLost as error:
                     logger.warning("the lane is lost", extra={"reason": str(error)})
-                    self._observer.on_step(Moment(Step.LANE_LOST, "relay", reason=str(error)))
+                    self.observer.on_step(Moment(Step.LANE_LOST, "relay", reason=str(error)))
         finally:
             unsubscribe()
             stopping.cancel()
@@ -204,7 +204,7 @@ class Relay(Worker):
                     await self.pause(self.settings.lease / STANDBY_CHECKS)
                     continue
                 logger.info("took the lane", extra={"epoch": self._lease.epoch})
-                self._observer.on_step(Moment(Step.LANE_TAKEN, "relay"))
+                self.observer.on_step(Moment(Step.LANE_TAKEN, "relay"))
                 await self._work(held, shared)
                 async with self._turn:
                     await self._lease.release(shared)
@@ -228,7 +228,7 @@ class Relay(Worker):
             self._engine,
             self._client,
             settings=self.settings,
-            observer=self._observer,
+            observer=self.observer,
             lease=self._lease,
             wake=self._wake,
             stopping=self.stopping,

@@ -1,6 +1,5 @@
 """What follows a flight: confirmed rows leave the outbox, failed ones wait, dead ones are kept."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -38,13 +37,13 @@ class Settler:
         schema: str,
         lease: Lease,
         archive: bool,
-        tell: Callable[[Moment], None],
+        observer: Observer,
     ) -> None:
         self._driver = driver
         self._schema = schema
         self._lease = lease
         self._archive = archive
-        self._tell = tell
+        self._observer = observer
         self._misconfigured: dict[str, int] = {}  # subject: failures in a row
 
     async def settle(self, flight: Flight, source: Literal["pending", "waiting"]) -> Settled:
@@ -58,13 +57,13 @@ class Settler:
             if not self._misconfigured:
                 break
             self._misconfigured.pop(flight.page.rows[index].subject, None)
-        self._tell(Moment(Step.SETTLING, "relay", count=len(flight.confirmed)))
+        self._observer.on_step(Moment(Step.SETTLING, "relay", count=len(flight.confirmed)))
         flight.confirmed.sort()  # locks in id order
         moved, barrier = await pending.settle(
             self._driver, self._schema, flight.confirmed, archive=self._archive, source=source
         )
         if flight.confirmed:
-            self._tell(Moment(Step.SETTLED, "relay", count=moved))
+            self._observer.on_step(Moment(Step.SETTLED, "relay", count=moved))
         await self._bury(flight, source)
         await self._hold(flight, source)
         left = flight.page.having(State.UNSENT, State.SENT, State.UNKNOWN)
@@ -85,7 +84,7 @@ class Settler:
         for index, verdict in sorted(flight.verdicts.items()):
             if verdict.reason is not None:
                 row = flight.page.rows[index]
-                self._tell(
+                self._observer.on_step(
                     Moment(
                         Step.DEAD_LETTERED,
                         "relay",
@@ -103,7 +102,7 @@ class Settler:
         move = pending.move_to_waiting if source == "pending" else waiting.postpone
         if not await move(self._driver, self._schema, self._lease.fence, waits):
             raise LaneLost("another relay took the lane")
-        self._tell(Moment(Step.HELD, "relay", count=len(waits)))
+        self._observer.on_step(Moment(Step.HELD, "relay", count=len(waits)))
 
     def _waits(self, flight: Flight) -> list[Wait]:
         page = flight.page

@@ -5,6 +5,8 @@ from outbox.writer.adding import (
     add_dead_letter,
     enqueue,
     environment_outbox,
+    held_by,
+    prepared,
     write_buffered,
 )
 from outbox.writer.buffers import PendingEvent
@@ -15,5 +17,7 @@ __all__ = [
     "add_dead_letter",
     "enqueue",
     "environment_outbox",
+    "held_by",
+    "prepared",
     "write_buffered",
 ]

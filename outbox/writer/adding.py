@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, TypeAlias, overload
 from uuid import UUID
 
@@ -128,6 +129,24 @@ class Outbox:
             InvalidSession: the session cannot carry events; nothing was changed.
             TypeError: the subject was left out, and the payload has none or several.
         """
+        event = self._prepared(
+            subject, payload, key, correlation_id, event_id, headers, metadata, deliver_at
+        )
+        _buffer(session, event, self._place)
+        return event.event_id
+
+    def _prepared(  # noqa: PLR0917 - positional, because it is called for each event
+        self,
+        subject: str | BaseModel,
+        payload: BaseModel | Mapping[str, Any] | None,
+        key: str | None,
+        correlation_id: str | None,
+        event_id: str | UUID | None,
+        headers: Mapping[str, str] | None,
+        metadata: Mapping[str, Any] | None,
+        deliver_at: datetime | None,
+    ) -> PendingEvent:
+        """Return the event as it will be stored, checked in all its parts."""
         name: Any = subject
         content: object = payload
         if payload is None and isinstance(subject, BaseModel):
@@ -137,13 +156,11 @@ class Outbox:
         known = registry.of(name)
         if known is not None or type(content) is not dict:
             content, key = registered.fitted(name, known, content, key)
-        event = self._finished(
+        return self._finished(
             name, content, key, correlation_id, event_id, headers, metadata, deliver_at
         )
-        _buffer(session, event, self._place)
-        return event.event_id
 
-    def _finished(  # noqa: PLR0917 - positional, because it is called for each event
+    def _finished(  # noqa: PLR0917 - as above
         self,
         subject: str,
         payload: object,
@@ -263,6 +280,41 @@ def add_dead_letter(
     event.headers = encode_headers({subjects.HEADER_ORIGINAL_SUBJECT: original})
     _buffer(session, event, events._place)  # noqa: SLF001 - as above
     return event.event_id
+
+
+def prepared(
+    events: Outbox,
+    subject: str | BaseModel,
+    payload: BaseModel | Mapping[str, Any] | None = None,
+    *,
+    key: str | None = None,
+    correlation_id: str | None = None,
+    event_id: str | UUID | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> PendingEvent:
+    """Return the event that `add` would buffer, in no transaction.
+
+    Raises:
+        InvalidEvent: names the field and the rule.
+        TypeError: the subject was left out, and the payload has none or several.
+    """
+    return events._prepared(  # noqa: SLF001 - for `outbox.testing`
+        subject, payload, key, correlation_id, event_id, headers, None, None
+    )
+
+
+def held_by(session: AnySession) -> list[PendingEvent]:
+    """Return what was added to the session's transaction, in the order of `add`.
+
+    What was written early is among it only where `Ledger.keep_written` is set.
+    """
+    found = _unwrapped(session)
+    if isinstance(found, AsyncSession):
+        found = found.sync_session
+    if isinstance(found, AsyncConnection):
+        found = _started(found)
+    held = sessions.held_by(found) if isinstance(found, Session) else connections.held_by(found)
+    return sorted({event.order: event for event in held}.values(), key=attrgetter("order"))
 
 
 def enqueue(session: AnySession, event: PendingEvent, *, schema: str) -> None:

@@ -4,6 +4,7 @@ The Connection's `commit` event is the last moment before the driver's COMMIT. A
 succeeds while events added to it are unwritten.
 """
 
+from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Transaction
@@ -11,7 +12,7 @@ from sqlalchemy.exc import InvalidRequestError, ResourceClosedError
 
 from outbox.errors import InvalidSession
 from outbox.writer import internals
-from outbox.writer.buffers import Place, Share, write
+from outbox.writer.buffers import PendingEvent, Place, Share, write
 
 
 class Participant:
@@ -29,9 +30,12 @@ class Participant:
 class Ledger:
     """What one connection's current transaction will commit."""
 
+    keep_written = False  # `outbox.testing` shows what a transaction has written already
+
     def __init__(self) -> None:
         self.root: Transaction | None = None
         self.share = Share()
+        self.written = Share()
         self.sessions: list[Participant] = []
         self.twophase = False
 
@@ -39,7 +43,7 @@ class Ledger:
         """Forget what belonged to an earlier transaction: it has ended, and not by our COMMIT."""
         root = connection.get_transaction()
         if self.root is not root:
-            self.root, self.share, self.sessions = root, Share(), []
+            self.root, self.share, self.written, self.sessions = root, Share(), Share(), []
 
     def shares(self) -> list[Share]:
         """Return every share that may hold events of this transaction."""
@@ -100,8 +104,26 @@ def write_early(connection: Connection) -> int:
     ledger = ledger_of(connection)
     open_now = internals.savepoints(connection)
     items = [item for item in ledger.share.items if item.savepoints == open_now]
-    write(connection, [ledger.share], items, notify=False)
+    write_items(connection, [ledger.share], items, notify=False)
     return len(items)
+
+
+def write_items(
+    connection: Connection, shares: Iterable[Share], items: list[PendingEvent], *, notify: bool
+) -> None:
+    """Write `items` of `shares` as `buffers.write` does; they are remembered for tests only."""
+    write(connection, shares, items, notify=notify)
+    if Ledger.keep_written:
+        inside = internals.savepoints(connection)  # a rollback of one of these takes the rows along
+        for item in items:
+            item.savepoints = inside
+        ledger_of(connection).written.items += items
+
+
+def held_by(connection: Connection) -> list[PendingEvent]:
+    """Return what the connection's transaction holds or has written, where that is remembered."""
+    ledger = ledger_of(connection)
+    return [*ledger.share.items, *ledger.written.items]
 
 
 def _write_before_commit(connection: Connection) -> None:
@@ -127,14 +149,15 @@ def _write_all(connection: Connection, *, notify: bool) -> None:
     if not items:
         return
     internals.refuse_autocommit(connection)
-    write(connection, shares, items, notify=notify)
+    write_items(connection, shares, items, notify=notify)
     for session in ledger.sessions:
         session.wrote = True
 
 
 def _forget_savepoint(connection: Connection, name: str, context: object) -> None:
     del context
-    for share in _ledgers[connection].shares():
+    ledger = _ledgers[connection]
+    for share in (*ledger.shares(), ledger.written):
         share.roll_back(name)
 
 
@@ -145,6 +168,6 @@ def _release_savepoint(connection: Connection, name: str, context: object) -> No
         if session.committing:  # join_transaction_mode="create_savepoint": this is its COMMIT
             shares = session.open_shares()
             items = [x for share in shares for x in share.items if x.belongs_to(connection)]
-            write(connection, shares, items, notify=False)
-    for share in ledger.shares():
+            write_items(connection, shares, items, notify=False)
+    for share in (*ledger.shares(), ledger.written):
         share.release(name)

@@ -40,6 +40,13 @@ def engines(transaction: SessionTransaction) -> set[Engine]:
     return {entry[0].engine for entry in transaction._connections.values()}
 
 
+def connections(session: Session) -> set[Connection]:
+    """Return the connections that a session's transaction uses, and that it is bound to."""
+    root = session.get_transaction()
+    found = set() if root is None else {entry[0] for entry in root._connections.values()}
+    return found | ({session.bind} if isinstance(session.bind, Connection) else set())
+
+
 def is_ending(transaction: SessionTransaction) -> bool:
     """Return True while `commit` runs: SQL is allowed, for we are in its greenlet."""
     return transaction._current_fn is not None

@@ -10,7 +10,7 @@ from typing_extensions import override
 from outbox.errors import InvalidSession
 from outbox.postgres import wake
 from outbox.writer import connections, internals
-from outbox.writer.buffers import PendingEvent, Place, Share, write
+from outbox.writer.buffers import PendingEvent, Place, Share
 
 _KEY = "outbox.writer"  # in Session.info, which a session keeps for its own life
 _FLUSHES_MAX = 100  # as many as Session.commit itself allows
@@ -79,6 +79,15 @@ def write_now(session: Session, *, last: bool) -> int:
     return 0 if share is None else _write(session, buffer, share, last=last)
 
 
+def held_by(session: Session) -> list[PendingEvent]:
+    """Return what the session's open transactions hold, and the connections that they use."""
+    buffer: Buffer | None = session.info.get(_KEY)
+    found = [] if buffer is None else [x for share in buffer.open_shares() for x in share.items]
+    for connection in internals.connections(session):
+        found += connections.held_by(connection)
+    return found
+
+
 def _begin(session: Session) -> SessionTransaction:
     if not session.autobegin:
         raise InvalidSession("this session has autobegin=False and no transaction: begin one first")
@@ -142,7 +151,7 @@ def _write(session: Session, buffer: Buffer, share: Share, *, last: bool) -> int
             items = _safe_inside(session, connection, items)
         if items:
             notify = whole and not internals.is_twophase(connection)
-            write(connection, [share], items, notify=notify)
+            connections.write_items(connection, [share], items, notify=notify)
         count += len(items)
     buffer.wrote = buffer.wrote or count > 0
     return count

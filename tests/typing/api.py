@@ -35,7 +35,9 @@ from outbox import (
     Relay,
     Retry,
     Settings,
+    current_session,
     event_id_for,
+    register,
     upgrade,
 )
 
@@ -44,6 +46,7 @@ class Subject(StrEnum):
     PLACED = "evt.order.placed.v1"
 
 
+@register(Subject.PLACED, key=lambda order: str(order.order_id))
 class OrderPlaced(BaseModel):
     order_id: int
     email: str
@@ -71,6 +74,8 @@ async def add_with_every_session(
     events.add(synchronous, "evt.order.placed.v1", {"order_id": 1})
     events.add(connection, Subject.PLACED, {"order_id": [1, None, 2.5]})
     events.add(plain, Subject.PLACED, payload, key="order-1")
+    assert_type(events.add(session, payload), str)
+    outbox.add(session, payload, key="order-1")
     await events.flush(session)
     await events.flush(connection)
     assert_type(outbox.add(session, Subject.PLACED, payload, key="order-1"), str)
@@ -91,6 +96,11 @@ def add_with_everything(session: Session, payload: OrderPlaced) -> None:
         deliver_at=datetime.now(UTC) + timedelta(hours=1),
     )
     events.add(session, Subject.PLACED, payload, event_id=UUID(event_id))
+
+
+async def deep_inside_a_handler() -> None:
+    assert_type(current_session(), AsyncSession)
+    assert_type(OrderPlaced(order_id=1, email="a@example").order_id, int)
 
 
 # ---- handling ---------------------------------------------------------------------------------
