@@ -4,10 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-all check bench lock clean
+.PHONY: demo demo-soak test test-all check bench lock clean
 
 demo: $(VENV)/.installed
-	@$(BIN)/outbox demo
+	@$(BIN)/python -m examples.glam
+
+# Ten runs in a row; the first that fails ends it.
+demo-soak: $(VENV)/.installed
+	@for run in 1 2 3 4 5 6 7 8 9 10; do echo "run $$run"; $(BIN)/python -m examples.glam || exit 1; done
 
 test: $(VENV)/.installed
 	@$(PYTEST) -q -n 2 --dist loadgroup -m "not long"
