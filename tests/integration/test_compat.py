@@ -1,7 +1,6 @@
 """GLAM's older classes run unchanged but for their imports and the sessionmaker."""
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any, cast
@@ -26,6 +25,7 @@ from outbox.contracts import (
 )
 from outbox.contracts.compat import OlderListener
 from outbox.telemetry import Step
+from outbox.testing import pending
 from tests.faults import Watch
 
 SUBJECT = Subjects.ANALYTICS_TRACKED
@@ -107,7 +107,7 @@ async def run(listener: OlderListener, watch: Watch, step: Step, times: int = 1)
 
 
 async def test_publisher_takes_the_older_constructor_and_argument_names(
-    sessionmaker: async_sessionmaker[AsyncSession],
+    engine: AsyncEngine, sessionmaker: async_sessionmaker[AsyncSession]
 ) -> None:
     publisher = MerchantPublisher(object(), logging.getLogger("x"))
     async with sessionmaker.begin() as session:
@@ -120,14 +120,12 @@ async def test_publisher_takes_the_older_constructor_and_argument_names(
             await publisher.publish_event(session, SUBJECT, DATA, data=DATA)
         with pytest.raises(InvalidEvent, match="is no AnalyticsTrackedPayload"):
             await publisher.publish_event(session, SUBJECT, {"name": "viewed"})
-    sql = "SELECT CAST(event_id AS text), key, body FROM outbox.pending ORDER BY id"
-    stored = {row[0]: row[1:] for row in await rows(sessionmaker, sql)}
-    assert list(stored) == [first, second, third]
-    assert [stored[each][0] for each in stored] == [str(MERCHANT.merchant_id)] * 2 + ["other"]
-    body = json.loads(stored[first][1])
-    assert body["correlation_id"] == "c-1"
-    assert body["metadata"] == {"m": 1}
-    assert body["source_service"] == "merchant-service"
+    stored = await pending(engine)
+    assert [event.event_id for event in stored] == [first, second, third]
+    assert [event.key for event in stored] == [str(MERCHANT.merchant_id)] * 2 + ["other"]
+    assert stored[0].correlation_id == "c-1"
+    assert stored[0].metadata == {"m": 1}
+    assert stored[0].source_service == "merchant-service"
 
 
 async def test_publisher_without_a_service_name_cannot_be_made() -> None:
@@ -136,7 +134,7 @@ async def test_publisher_without_a_service_name_cannot_be_made() -> None:
 
 
 async def test_dead_letter_of_the_publisher_is_an_error_payload_on_dlq(
-    sessionmaker: async_sessionmaker[AsyncSession],
+    engine: AsyncEngine, sessionmaker: async_sessionmaker[AsyncSession]
 ) -> None:
     error = ErrorPayload(
         identifiers=MERCHANT, error_code="", error_message="", failed_operation="sync"
@@ -149,15 +147,12 @@ async def test_dead_letter_of_the_publisher_is_an_error_payload_on_dlq(
             await publisher.publish_to_dlq(session, subject, {}, "c-2", "x")
         with pytest.raises(InvalidEvent, match="subject"):
             await publisher.publish_to_dlq(session, "dlq.x.v1", error, "c-2", "x")
-    sql = "SELECT subject, key, body, headers FROM outbox.pending"
-    ((stored, key, body, headers),) = await rows(sessionmaker, sql)
-    assert (stored, key) == ("dlq.catalog.sync.started.v1", None)
-    found = json.loads(body)
-    assert found["correlation_id"] == "c-2"
-    assert found["event_type"] == stored
-    assert ErrorPayload.model_validate(found["data"]).error_code == "ValueError"
-    assert found["data"]["error_message"] == "no stock"
-    assert headers == b"Outbox-Original-Subject: evt.catalog.sync.started.v1\r\n"
+    (event,) = await pending(engine)
+    assert (event.event_type, event.key) == ("dlq.catalog.sync.started.v1", None)
+    assert event.correlation_id == "c-2"
+    assert event.headers == {"Outbox-Original-Subject": subject.value}
+    found = ErrorPayload.model_validate(event.data)
+    assert (found.error_code, found.error_message) == ("ValueError", "no stock")
 
 
 async def test_failure_events_are_error_payloads(
