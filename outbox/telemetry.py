@@ -17,6 +17,7 @@ class Step(StrEnum):
     SETTLING = "settling"  # the settling statement is about to run
     SETTLED = "settled"  # confirmed rows have left the outbox
     HELD = "held"  # rows have moved to `waiting`
+    REPAIRED = "repaired"  # the stream had lost events, which will be published again
     LANE_TAKEN = "lane_taken"
     LANE_LOST = "lane_lost"
     # listener

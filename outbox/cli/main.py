@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from outbox.cli import contracts, dev, logs, options, services, tables
+from outbox.cli import contracts, dev, logs, options, services, tables, verify
 from outbox.cli.running import finish, report
 from outbox.errors import OutboxError
 from outbox.settings import Settings
@@ -27,6 +27,12 @@ _EACH = {
     "demo": (dev.demo, "show exactly one effect per event", "  outbox demo"),
     "listen": (services.listen, "run listener classes", "  outbox listen app.events:SendMail"),
     "run": (services.run, "run workers of your own making", "  outbox run app.main:workers"),
+    "verify": (
+        verify.show,
+        "compare the archive with the stream, by ids",
+        """  outbox verify            exit 1 when anything is missing but what has expired
+  outbox verify --repair   publish again what was purged, deleted or lost""",
+    ),
     "contracts": (
         contracts.contracts,
         "list payloads, print their schemas, find breaking changes",
@@ -79,6 +85,7 @@ def _add_own(made: dict[str, argparse.ArgumentParser]) -> None:
     made["listen"].add_argument(
         "--no-relay", action="store_true", help="run no relay for what the handlers add"
     )
+    verify.add_arguments(made["verify"])
     contracts.add_arguments(made["contracts"])
     made["run"].add_argument("object", metavar="MODULE:NAME")
 

@@ -4,11 +4,9 @@
 are built here and written as one piece cost about a tenth of that.
 """
 
-import asyncio
 import base64
 import contextlib
 import json
-import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,17 +18,16 @@ import nats.errors
 from nats.aio.client import Client as NatsClient
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from typing_extensions import override
 
 from outbox.errors import BrokerUnavailable
+from outbox.jetstream.at_once import deliver_at_once
 from outbox.jetstream.client import ApiError, JetStreamClient
 
-logger = logging.getLogger(__name__)
 SUBJECT_BYTES_MAX = 1024  # far below the 4096 of a control line, beyond which the server closes us
 _SUBJECT = re.compile(r"[^\s*>.\x00-\x1f\x7f-\U0010ffff]+(?:\.[^\s*>.\x00-\x1f\x7f-\U0010ffff]+)*")
 _FIXED_HEADER_BYTES = len(b"NATS/1.0\r\nNats-Msg-Id: \r\n")
 _HEADER_BYTES_MAX = 65_535  # error 10097 beyond
-_NOT_FOUND = 10037
+NOT_FOUND = 10037
 _PROBE_SECONDS = 5
 # Errors of the connection, whatever was sent on it. A refused frame's own error is often lost: the
 # reset that follows it takes its place.
@@ -212,7 +209,7 @@ class AckInbox:
             self._subscription = await owner.subscribe(f"{inbox}.*", pending_bytes_limit=0)
         except (nats.errors.Error, OSError) as error:
             raise BrokerUnavailable(f"cannot subscribe to acks: {error}") from error
-        _deliver_at_once(self._subscription, self._receive)
+        deliver_at_once(self._subscription, self._receive)
         self._owner = owner
         self.prefix = f"{inbox}."
         self._prefix_bytes = len(self.prefix)
@@ -261,31 +258,6 @@ class AckInbox:
                 return
 
 
-class _AtOnce(asyncio.Queue[Msg]):
-    """Hands each message on as it comes, and holds none."""
-
-    def __init__(self, receive: Callable[[Msg], None]) -> None:
-        super().__init__()
-        self._receive = receive
-
-    @override
-    def put_nowait(self, item: Msg) -> None:
-        """Hand `item` on; an error in it must not end the connection's reading."""
-        try:
-            self._receive(item)
-        except Exception:
-            logger.exception("an ack could not be taken")
-
-
-def _deliver_at_once(subscription: Subscription, receive: Callable[[Msg], None]) -> None:
-    """Have `receive` called for each message as it is parsed.
-
-    By way of nats-py's own queue and task an ack costs 2 us more, a seventh of an event's whole way
-    through the relay. `put_nowait` is all that its reader calls of the queue (2.16).
-    """
-    subscription._pending_queue = _AtOnce(receive)  # noqa: SLF001
-
-
 async def _write(client: NatsClient, blob: bytes) -> None:
     """Write finished protocol bytes through nats-py's connection.
 
@@ -309,17 +281,26 @@ async def look_up(
     try:
         answer = await client.api(f"STREAM.MSG.GET.{stream}", {"seq": sequence})
     except ApiError as error:
-        if error.err_code == _NOT_FOUND:
+        if error.err_code == NOT_FOUND:
             return Held.NOTHING
         raise BrokerUnavailable(str(error)) from error
     message = answer.get("message") or {}
-    found = _message_id(base64.b64decode(message.get("hdrs") or ""))
-    if found != event_id and not found.startswith(f"{event_id}~"):
+    if not carries(base64.b64decode(message.get("hdrs") or ""), event_id):
         return Held.NOTHING
     return Held.THIS if message.get("subject") == subject else Held.REUSED
 
 
-def _message_id(block: bytes) -> str:
+def carries(block: bytes, event_id: str) -> bool:
+    """Return whether a message with this header block carries the event, published once or again.
+
+    The id of a re-publication has a suffix, `<id>~rN`.
+    """
+    found = message_id(block)
+    return found == event_id or found.startswith(f"{event_id}~")
+
+
+def message_id(block: bytes) -> str:
+    """Return the Msg-Id of a header block, or nothing."""
     for line in block.split(b"\r\n"):
         name, _, value = line.partition(b":")
         if name.strip().lower() == b"nats-msg-id":

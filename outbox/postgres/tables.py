@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
@@ -93,7 +94,8 @@ def metadata(schema: str = "outbox") -> MetaData:
         Column("last_error", Text),
         PrimaryKeyConstraint("id", name="waiting_pkey"),
         CheckConstraint(
-            "reason IN ('failed', 'blocked', 'scheduled', 'repaired')", name="waiting_reason"
+            "reason IN ('failed', 'blocked', 'scheduled', 'repaired', 'requeued', 'replayed')",
+            name="waiting_reason",
         ),
         Index("waiting_due", "due_at", "id"),  # waiting.due
         Index("waiting_key", "key", "id"),  # waiting.blocked_keys
@@ -132,10 +134,36 @@ def metadata(schema: str = "outbox") -> MetaData:
         Column("state", Text, nullable=False, server_default=text("'open'")),
         Column("state_at", _Time),
         Column("state_by", Text),
+        # of the relay: later events of its key stay behind it while it is open
+        Column("parks", Boolean, nullable=False, server_default=text("false")),
         PrimaryKeyConstraint("id", name="dead_letter_pkey"),
         CheckConstraint("side IN ('relay', 'listener')", name="dead_letter_side"),
-        CheckConstraint("state IN ('open', 'requeued', 'discarded')", name="dead_letter_state"),
+        CheckConstraint(
+            "state IN ('open', 'requeued', 'handled', 'discarded')", name="dead_letter_state"
+        ),
         Index("dead_letter_open", "id", postgresql_where=text("state = 'open'")),  # status
+        Index(  # dead_letters.requeued
+            "dead_letter_requeued", "listener", "id", postgresql_where=text("state = 'requeued'")
+        ),
+        Index(  # waiting.blocked_keys
+            "dead_letter_parked", "key", postgresql_where=text("parks AND state = 'open'")
+        ),
+    )
+    Table(
+        "dead_letter_action",  # who did what with a dead letter, and when
+        tables,
+        Column("id", BigInteger, Identity(always=True)),
+        Column("dead_letter_id", BigInteger, nullable=False),
+        Column("action", Text, nullable=False),
+        Column("at", _Time, nullable=False, server_default=func.now()),
+        Column("by", Text, nullable=False),
+        Column("note", Text),
+        PrimaryKeyConstraint("id", name="dead_letter_action_pkey"),
+        CheckConstraint(
+            "action IN ('requeued', 'discarded', 'handled', 'failed')",
+            name="dead_letter_action_action",
+        ),
+        Index("dead_letter_action_of", "dead_letter_id", "id"),  # redrive.history
     )
     Table(
         "inbox",  # what each listener has finished with; the guard against a second effect
@@ -159,6 +187,15 @@ def metadata(schema: str = "outbox") -> MetaData:
         Column("last_error", Text),
         Column("updated_at", _Time, nullable=False, server_default=func.now()),
         PrimaryKeyConstraint("listener", "event_id", name="attempt_pkey"),
+    )
+    Table(
+        "stream",  # streams that events were published to, as the relay saw them last
+        tables,
+        Column("name", Text),
+        Column("created", Text, nullable=False),  # as the broker writes it: the incarnation
+        # what the archive holds from before is of an older incarnation
+        Column("since", _Time, nullable=False, server_default=text("'-infinity'")),
+        PrimaryKeyConstraint("name", name="stream_pkey"),
     )
     Table(
         "lane",  # relay leases; the number of rows is the number of lanes

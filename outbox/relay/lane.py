@@ -30,6 +30,7 @@ from outbox.relay.held import Blocked, HeldRows
 from outbox.relay.lease import Lease
 from outbox.relay.outage import Outage
 from outbox.relay.page import Page, State
+from outbox.relay.repair import Repair
 from outbox.relay.settling import Settled, Settler
 from outbox.relay.verdict import DeadReason
 from outbox.settings import Settings
@@ -85,6 +86,7 @@ class Lane:
         self._air: Air | None = None
         self._settling: asyncio.Task[None] | None = None
         self._token = 0
+        self._trusted = -1  # the connection on which the streams were found to hold all
         self._close_seen = -1  # the connection whose close was taken note of
         self._streams: dict[str, str] = {}
         self._pending = Caution()
@@ -105,6 +107,7 @@ class Lane:
         async with self._connections() as (reader, settler):
             held = HeldRows(reader, self._settings, self._blocked)
             await held.load()
+            repair = self._make_repair(reader)
             checked = 0.0
             idle = IDLE_FIRST
             try:
@@ -112,7 +115,7 @@ class Lane:
                     self._lease.check()
                     if self._is_wary() or not self._inbox.current:
                         await self._land(settler)
-                    if not await self._broker_ready():
+                    if not await self._broker_ready() or not await self._confirmed(repair, settler):
                         continue
                     if time.monotonic() - checked >= WAITING_CHECK or self._blocked.released:
                         await self._land(settler)
@@ -167,10 +170,47 @@ class Lane:
         await self._settled()
         await self._discard_read()
         self.unanswered_since = self.unanswered_since or time.monotonic()
+        self._trusted = -1
         delay = self._broker.failed(self._client.last_error or reason)
+        await self._pause(delay.total_seconds())
+
+    def _make_repair(self, reader: Driver) -> Repair:
+        return Repair(
+            reader,
+            self._client,
+            schema=self._schema,
+            stream=self._settings.stream,
+            lease=self._lease,
+            observer=self._observer,
+            pause=self._pause,
+        )
+
+    async def _confirmed(self, repair: Repair, settler: Settler) -> bool:
+        """Return whether the streams hold what they acknowledged, or it is on its way again.
+
+        Looked at once a minute, and after each (re)connect and outage before anything is published.
+        """
+        if self._settings.archive_retention is None:
+            return True
+        if self._trusted == self._inbox.generation and not repair.is_due():
+            return True
+        await self._land(settler)
+        await self._settled()
+        await self._reader_free()
+        try:
+            await repair.check()
+        except BrokerUnavailable as error:
+            await self._back_off(str(error))
+            return False
+        self._trusted = self._inbox.generation
+        return True
+
+    async def _pause(self, seconds: float) -> bool:
+        """Sleep, cut short by a stop; return True when stopping."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(delay.total_seconds()):
+            async with asyncio.timeout(seconds):
                 await self._stopping.wait()
+        return self._stopping.is_set()
 
     async def _rest(self, idle: float) -> float:
         """Sleep until woken, at most the poll interval; return the next time to sleep."""

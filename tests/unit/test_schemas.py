@@ -53,6 +53,38 @@ class Tree(BaseModel):
     children: list["Tree"] = []
 
 
+class Chain(BaseModel):
+    value: int
+    next: "Chain | None" = None
+
+
+class Links(BaseModel):
+    """A chain of texts."""
+
+    value: str
+    next: "Links | None" = None
+
+
+class Card(BaseModel):
+    kind: Literal["card"]
+    item: Item
+
+
+class Cash(BaseModel):
+    kind: Literal["cash"]
+    item: Item
+
+
+class CardWithoutCount(BaseModel):
+    kind: Literal["card"]
+    item: ItemWithoutCount
+
+
+class CashWithoutCount(BaseModel):
+    kind: Literal["cash"]
+    item: ItemWithoutCount
+
+
 def model(**fields: Any) -> type[BaseModel]:
     """Return a model of these fields; a tuple is a type and its default."""
     plain = {name: each[0] if isinstance(each, tuple) else each for name, each in fields.items()}
@@ -139,6 +171,58 @@ BREAKS: list[tuple[str, Kind, str, Callable[[], tuple[type[BaseModel], type[Base
         "$.a.*",
         lambda: (model(a=dict[str, str]), model(a=dict[str, int])),
     ),
+    (
+        "inside each of a union",
+        Kind.REMOVED_FIELD,
+        "$.a.item.count",
+        lambda: (model(a=Card | Cash), model(a=CardWithoutCount | CashWithoutCount)),
+    ),
+    (
+        "union lost a model",
+        Kind.CLOSED_ENUM,
+        "$.a.kind",
+        lambda: (model(a=Card | Cash), model(a=Card)),
+    ),
+    ("inside itself", Kind.NARROWED_TYPE, "$.a.value", lambda: (model(a=Chain), model(a=Links))),
+    (
+        "inside a tuple",
+        Kind.NARROWED_TYPE,
+        "$.a[1]",
+        lambda: (model(a=tuple[int, str]), model(a=tuple[int, int])),
+    ),
+    (
+        "list to tuple",
+        Kind.NARROWED_TYPE,
+        "$.a",
+        lambda: (model(a=list[int]), model(a=tuple[int, int])),
+    ),
+    (
+        "names in a dict",
+        Kind.CLOSED_ENUM,
+        "$.a names",
+        lambda: (model(a=dict[str, int]), model(a=dict[Literal["x"], int])),
+    ),
+    (
+        "pattern of names in a dict",
+        Kind.NARROWED_TYPE,
+        "$.a names",
+        lambda: (
+            model(a=dict[str, int]),
+            model(a=dict[Annotated[str, Field(pattern="^x")], int]),
+        ),
+    ),
+    (
+        "excluded limit",
+        Kind.NARROWED_TYPE,
+        "$.a",
+        lambda: (model(a=Annotated[int, Field(ge=0)]), model(a=Annotated[int, Field(gt=0)])),
+    ),
+    (
+        "coarser",
+        Kind.NARROWED_TYPE,
+        "$.a",
+        lambda: (model(a=int), model(a=Annotated[int, Field(multiple_of=5)])),
+    ),
     ("closed to others", Kind.NARROWED_TYPE, "$", lambda: (model(a=int), closed(a=int))),
 ]
 
@@ -159,6 +243,23 @@ HARMLESS: list[tuple[str, Callable[[], tuple[type[BaseModel], type[BaseModel]]]]
     ("union in other order", lambda: (model(a=int | str), model(a=str | int))),
     ("decimals stay", lambda: (model(a=Decimal), model(a=Decimal))),
     ("recursive", lambda: (model(a=Tree), model(a=Tree))),
+    ("recursive and optional", lambda: (model(a=Chain), model(a=Chain))),
+    ("tuple to list", lambda: (model(a=tuple[int, int]), model(a=list[int]))),
+    (
+        "included limit",
+        lambda: (model(a=Annotated[int, Field(gt=0)]), model(a=Annotated[int, Field(ge=0)])),
+    ),
+    (
+        "finer",
+        lambda: (
+            model(a=Annotated[int, Field(multiple_of=10)]),
+            model(a=Annotated[int, Field(multiple_of=5)]),
+        ),
+    ),
+    (
+        "limit that limits nothing",
+        lambda: (model(a=str), model(a=Annotated[str, Field(min_length=0)])),
+    ),
 ]
 
 
@@ -188,10 +289,23 @@ def test_lost_subject_is_a_break_and_a_new_one_is_none() -> None:
     assert changes({}, freeze(registry)) == []
 
 
-def test_what_older_readers_may_refuse_is_noted() -> None:
-    (note,) = compared(model(a=Colour), model(a=MoreColours))
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        (model(a=Colour), model(a=MoreColours), "$.a: widened: 'green'"),
+        (model(a=int), model(a=float), "$.a: widened: number"),
+        (model(a=str), model(a=str | None), "$.a: widened: null"),
+        (model(a=str), model(a=Any), "$.a: widened: anything"),
+        (model(a=str), model(a=(str, "")), "$.a: widened: it may be missing"),
+        (closed(a=str), model(a=str, b=(str, "")), "$.b: widened: older readers"),
+    ],
+)
+def test_what_older_readers_may_refuse_is_noted(
+    old: type[BaseModel], new: type[BaseModel], says: str
+) -> None:
+    (note,) = compared(old, new)
     assert (note.kind, note.breaks) == (Kind.WIDENED, False)
-    assert "'green'" in str(note)
+    assert says in str(note)
 
 
 @pytest.mark.parametrize(
@@ -199,14 +313,17 @@ def test_what_older_readers_may_refuse_is_noted() -> None:
     [
         {SUBJECT: None},
         {SUBJECT: {"schema": []}},
+        {SUBJECT: {"schema": {"properties": {"a": {"maxLength": "much"}}}}},
+        {SUBJECT: {"schema": {"$defs": []}}},
+        [],
         {SUBJECT: {"schema": {"$ref": "#/$defs/Nowhere"}}},
         {SUBJECT: {"schema": {"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/A"}}}}},
     ],
 )
-def test_rubbish_is_a_value_error(rubbish: dict[str, Any]) -> None:
+def test_rubbish_is_a_value_error(rubbish: object) -> None:
     registry = Registry()
     registry.register(SUBJECT)(Item)
-    with pytest.raises(ValueError, match=r"schema|defined|circle"):
+    with pytest.raises(ValueError, match=r"should be a valid|not defined|circle"):
         changes(rubbish, freeze(registry))
 
 
