@@ -345,7 +345,9 @@ def encode_headers(headers: Mapping[str, str]) -> bytes:
 
 def decode_headers(lines: bytes) -> dict[str, str]:
     """Return the headers of finished lines."""
-    pairs = (line.partition(":") for line in lines.decode().split("\r\n") if line)
+    pairs = (
+        line.partition(":") for line in lines.decode(errors="surrogatepass").split("\r\n") if line
+    )
     return {name: value.strip() for name, _, value in pairs}
 
 

@@ -121,6 +121,11 @@ def check_key(key: str) -> str:
     return str.__str__(key)
 
 
+def is_key(text: str) -> bool:
+    """Return whether `text` is a key that `add` would take."""
+    return _KEY.fullmatch(text) is not None
+
+
 def check_text(field: str, text: str) -> str:
     """Return `text`, a correlation id or a service name, as a plain str.
 

@@ -53,6 +53,7 @@ class Attempt:
     service: str
     timeout: timedelta
     observer: Observer
+    fence: Callable[[AsyncSession], Awaitable[None]] | None = None  # raises to refuse the commit
 
     async def run(
         self,
@@ -111,6 +112,8 @@ class Attempt:
                         await attempts.forget(
                             session, self.schema, listener=self.listener, event_id=work.key
                         )
+                if self.fence is not None:
+                    await self.fence(session)
                 await session.run_sync(write_buffered)
                 self._tell(Step.FLUSHED, new)
                 guard.release()

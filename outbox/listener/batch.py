@@ -145,6 +145,12 @@ class BatchListener(Listener[P_co]):
     batch_size: ClassVar[int] = 200
     _handler: ClassVar[str] = "on_batch"
 
+    @override
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if cls.ordered:
+            raise TypeError(f"{cls.__name__}: a batch cannot be ordered; use Listener")
+
     async def on_batch(self, session: AsyncSession, events: Sequence[EventEnvelope[P_co]]) -> None:
         """Apply `events`, in stream order, to `session`; the listener commits."""
         raise NotImplementedError

@@ -108,7 +108,7 @@ class Undertaker:
             event_text=given.event_text,
             subject=message.subject,
             key=given.event_key,
-            headers=_header_bytes(message.headers),
+            headers=header_bytes(message.headers),
             body=message.body,
             stream=message.stream,
             sequence=message.sequence,
@@ -149,6 +149,7 @@ class Undertaker:
         return PendingEvent(str(event_id), None, subject, headers, finished, None)
 
 
-def _header_bytes(headers: Mapping[str, str]) -> bytes:
+def header_bytes(headers: Mapping[str, str]) -> bytes:
+    """Return a message's headers as lines, whatever a stranger has put into them."""
     lines = (f"{name}: {value}\r\n" for name, value in headers.items())
     return "".join(lines).encode("utf-8", "surrogatepass")

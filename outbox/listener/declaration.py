@@ -58,9 +58,7 @@ def _check_one(cls: type, name: str, value: object) -> None:
         if type(value) is not int or value < 1:
             raise TypeError(f"{where} must be a whole number from 1, not {value!r}")
     elif name == "ordered":
-        if value is True:
-            raise TypeError(f"{where}: ordered listeners are not available in this version")
-        if value is not False:
+        if not isinstance(value, bool):
             raise TypeError(f"{where} must be True or False, not {value!r}")
     else:
         known = ", ".join(sorted(_TEXTS | _DURATIONS | _COUNTS | {"ordered"}))

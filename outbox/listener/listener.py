@@ -33,6 +33,7 @@ from outbox.listener import declaration
 from outbox.listener.attempt import DATABASE_SECONDS, Attempt, Work, is_outage
 from outbox.listener.dead import Undertaker
 from outbox.listener.handling import Disposition, Handling
+from outbox.listener.ordering import BATCH, Ordered
 from outbox.listener.outage import Outage
 from outbox.postgres import schema
 from outbox.settings import Settings
@@ -244,14 +245,20 @@ class Listener(Worker, Generic[P_co]):
             },
         )
 
-    async def _consume(self) -> None:
-        puller = Puller(
+    def _puller(self) -> Puller:
+        return Puller(
             self.client,
             stream=self.stream,
             durable=self.identity,
             prefetch=self._prefetch(),
             bytes_max=PREFETCH_BYTES,
         )
+
+    async def _consume(self) -> None:
+        if self.ordered:
+            await self._consume_in_order()
+            return
+        puller = self._puller()
         async with puller:
             beating = asyncio.create_task(self._beat(puller), name="heartbeats")
             stopped = asyncio.create_task(self.stopping.wait(), name="stop")
@@ -267,8 +274,22 @@ class Listener(Worker, Generic[P_co]):
         if gone is not None:
             raise gone
 
+    async def _consume_in_order(self) -> None:
+        ordered = Ordered(
+            self.sessionmaker,
+            self.client,
+            self._handling,
+            self._puller,
+            self.pause,
+            schema=self.settings.schema_name,
+            stream=self.stream,
+            identity=self.identity,
+            lease=self.settings.lease,
+        )
+        await ordered.serve(self._handling.stream_created)
+
     def _prefetch(self) -> int:
-        return self._places
+        return BATCH if self.ordered else self._places
 
     async def _feed(
         self, puller: Puller, tasks: asyncio.TaskGroup, stopped: "asyncio.Task[bool]"

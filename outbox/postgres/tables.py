@@ -189,6 +189,40 @@ def metadata(schema: str = "outbox") -> MetaData:
         PrimaryKeyConstraint("listener", "event_id", name="attempt_pkey"),
     )
     Table(
+        "listener_lease",  # which instance of an ordered listener is active
+        tables,
+        Column("listener", Text),
+        Column("owner", Uuid),
+        Column("owner_name", Text),  # host, pid: for people
+        Column("epoch", BigInteger, nullable=False, server_default=text("0")),
+        Column("expires_at", _Time, nullable=False, server_default=text("'-infinity'")),
+        PrimaryKeyConstraint("listener", name="listener_lease_pkey"),
+    )
+    Table(
+        "held",  # events of an ordered listener that wait for their turn; acked to the broker
+        tables,
+        Column("listener", Text),
+        Column("created", Text),  # of the stream: the incarnation that the sequence is of
+        Column("sequence", BigInteger, autoincrement=False),
+        Column("key", Text),
+        Column("subject", Text, nullable=False),
+        Column("headers", LargeBinary, nullable=False),
+        Column("body", LargeBinary, nullable=False),
+        Column("stored_at", _Time, nullable=False),  # on the stream
+        Column("epoch", BigInteger, nullable=False),  # of the lease under which it came
+        Column("delivered", Integer, nullable=False, server_default=text("0")),  # to the handler
+        Column("due_at", _Time, nullable=False, server_default=func.now()),
+        PrimaryKeyConstraint("listener", "created", "sequence", name="held_pkey"),
+        Index(  # ordering.next_of_key
+            "held_key",
+            "listener",
+            "key",
+            "created",
+            "sequence",
+            postgresql_where=text("key IS NOT NULL"),
+        ),
+    )
+    Table(
         "stream",  # streams that events were published to, as the relay saw them last
         tables,
         Column("name", Text),

@@ -43,7 +43,6 @@ def declare(base: type = Listener, handler: str = "on_message", **attributes: An
         (GOOD | {"concurrency": 0}, "concurrency must be a whole number"),
         (GOOD | {"concurrency": 1.5}, "concurrency must be a whole number"),
         (GOOD | {"max_attempts": True}, "max_attempts must be a whole number"),
-        (GOOD | {"ordered": True}, "not available in this version"),
         (GOOD | {"ordered": "yes"}, "ordered must be True or False"),
     ],
 )

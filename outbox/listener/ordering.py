@@ -1,0 +1,370 @@
+"""Ordered handling: one active instance, one event of a key at a time, in the stream's order.
+
+The active instance moves what it pulls into a table of its own database, acks it, and works that
+queue: keys side by side, the events of a key one after the other. So a key whose head waits for a
+retry holds back nothing but itself, neither memory nor the broker's `max_ack_pending`. The lease is
+checked in each handler's transaction, so two instances that both believe in theirs cannot both
+commit.
+"""
+
+import asyncio
+import contextlib
+import heapq
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, cast
+from uuid import uuid4
+
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from outbox.envelope import decode_headers
+from outbox.errors import BrokerUnavailable, OutboxError
+from outbox.jetstream import provisioning
+from outbox.jetstream.client import JetStreamClient
+from outbox.jetstream.pulling import ConsumerGone, Message, Puller
+from outbox.listener.attempt import DATABASE_SECONDS, InHand
+from outbox.listener.dead import header_bytes
+from outbox.listener.handling import Handling
+from outbox.postgres.dead_letters import printable
+from outbox.postgres.ordering import Held, Place, Queue
+from outbox.subjects import HEADER_KEY, is_key
+
+logger = logging.getLogger(__name__)
+BATCH = 500  # messages that are held by one statement, and places that are read by one
+COLLECT_LOOK = 0.2  # seconds between two looks at the consumer
+START = Place("", 0, None)
+_KEY = HEADER_KEY.lower()
+
+
+class LeaseLost(Exception):  # noqa: N818 - a state; handled inside the listener
+    """Another instance is active."""
+
+
+@dataclass(slots=True)
+class Ordered:
+    """Works the queue of one listener while this instance is the active one."""
+
+    sessionmaker: async_sessionmaker[AsyncSession]
+    client: JetStreamClient
+    handling: Handling
+    make_puller: Callable[[], Puller]
+    pause: Callable[[timedelta | float], Awaitable[bool]]  # returns True when stopping
+    schema: str
+    stream: str
+    identity: str
+    lease: timedelta
+    _queue: Queue = field(init=False)
+    _cursor: Place = field(default=START, init=False)
+    _busy: set[str] = field(default_factory=set, init=False)  # keys with a head at work, or waiting
+    _later: list[tuple[float, int, Place]] = field(default_factory=list, init=False)  # a heap
+    _order: int = field(default=0, init=False)
+    _skipped: set[str] = field(default_factory=set, init=False)  # busy keys that more was seen of
+    _generation: int = field(default=-1, init=False)  # of the connection
+    _failure: Exception | None = field(default=None, init=False)
+    _work: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _places: asyncio.Semaphore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._queue = Queue(self.schema, self.identity, uuid4())
+        self._places = asyncio.Semaphore(2 * self.handling.concurrency)
+        self.handling.begun = lambda _: None  # nothing is unacked while a handler runs
+
+    async def serve(self, created: str) -> None:
+        """Stand by for the lease, then work until stopped, or until something ends it.
+
+        Args:
+            created: the stream's incarnation.
+
+        Raises:
+            ConsumerGone: it has to be made again.
+            OutboxError, SQLAlchemyError, OSError: an outage; begin anew after a while.
+        """
+        while not self.handling.stopping.is_set():
+            if not await self._taken():
+                await self.pause(self.lease / 3)
+                continue
+            try:
+                await self._active(created)
+            except LeaseLost:
+                logger.warning("another instance is active", extra={"listener": self.identity})
+                continue
+            finally:
+                with contextlib.suppress(SQLAlchemyError, OSError):
+                    async with self._transaction() as session:
+                        await self._queue.release(session)
+
+    @contextlib.asynccontextmanager
+    async def _transaction(self) -> Any:
+        async with (
+            asyncio.timeout(DATABASE_SECONDS),
+            self.sessionmaker() as session,
+            session.begin(),
+        ):
+            yield session
+
+    async def _taken(self) -> bool:
+        name = f"{socket.gethostname()}:{os.getpid()}"[:255]
+        async with self._transaction() as session:
+            epoch = await self._queue.take(session, name, self.lease)
+        if epoch is None:
+            return False
+        self._queue = replace(self._queue, epoch=epoch)
+        self.handling.attempt = replace(self.handling.attempt, fence=self._fence)
+        self._cursor = START
+        self._busy.clear()
+        self._skipped.clear()
+        self._later.clear()
+        self._failure = None
+        self._generation = self.client.generation
+        logger.info("active", extra={"listener": self.identity, "epoch": epoch})
+        return True
+
+    async def _fence(self, session: AsyncSession) -> None:
+        """Refuse the commit of a handler whose lease another instance has taken meanwhile."""
+        if not await self._queue.is_mine(session):
+            raise InHand("another instance is active")
+
+    async def _active(self, created: str) -> None:
+        """Pull, hold and work, each beside the others; whichever fails ends them all."""
+        async with self.make_puller() as puller:
+            parts = {
+                asyncio.create_task(self._keep(), name="ordered-lease"),
+                asyncio.create_task(self._feed(puller, created), name="ordered-feed"),
+                asyncio.create_task(self._collect_and_work(), name="ordered-work"),
+            }
+            stopped = asyncio.create_task(self.handling.stopping.wait(), name="stop")
+            try:
+                await asyncio.wait({*parts, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                if stopped.done():
+                    puller.pause()
+                    self._work.set()
+                    worker = next(part for part in parts if part.get_name() == "ordered-work")
+                    await asyncio.wait({worker})  # what is at work ends; the grace bounds it
+            finally:
+                for task in (*parts, stopped):
+                    task.cancel()
+                await asyncio.wait({*parts, stopped})
+            while puller.waiting:
+                await puller.nak(await puller.next())
+        for part in parts:
+            if not part.cancelled() and (error := part.exception()) is not None:
+                raise error
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(self.lease.total_seconds() / 3)
+            async with self._transaction() as session:
+                if not await self._queue.renew(session, self.lease):
+                    raise LeaseLost
+
+    # ---- in ----------------------------------------------------------------------------------
+
+    async def _feed(self, puller: Puller, created: str) -> None:
+        """Move messages into the queue, and ack what is committed there."""
+        while True:
+            messages = [await puller.next()]
+            while puller.waiting and len(messages) < BATCH:
+                messages.append(await puller.next())
+            try:
+                async with self._transaction() as session:
+                    await self._queue.hold(session, created, [_held(each) for each in messages])
+            except BaseException:
+                for message in messages:
+                    await puller.nak(message)
+                raise
+            for message in messages:
+                await puller.ack(message)
+            self._work.set()
+
+    # ---- out ---------------------------------------------------------------------------------
+
+    async def _collect_and_work(self) -> None:
+        await self._collect()
+        async with asyncio.TaskGroup() as tasks:
+            while not self._is_over():
+                self._work.clear()
+                started = await self._start_due(tasks)
+                started += await self._start_new(tasks)
+                if not started:
+                    await self._rest()
+        if self._failure is not None:
+            raise self._failure
+        if not self.handling.stopping.is_set():
+            raise BrokerUnavailable("reconnected: what was on its way has to be collected")
+
+    def _is_over(self) -> bool:
+        """Return whether nothing more may be worked.
+
+        After a reconnect new messages come before those that were lost on the way.
+        """
+        return (
+            self._failure is not None
+            or self.handling.stopping.is_set()
+            or self.client.generation != self._generation
+        )
+
+    async def _collect(self) -> None:
+        """Wait until what the instance before had in hand has come again.
+
+        The broker delivers new messages first, and those of a dead instance only after the ack
+        wait; worked at once, an older event of a key could come after a newer one.
+        """
+        wanted: int | None = None
+        while not self.handling.stopping.is_set():
+            info = await provisioning.consumer_info(self.client, self.stream, self.identity)
+            if info is None:
+                raise ConsumerGone(f"consumer {self.identity} is gone")
+            if wanted is None:
+                wanted = int(info["delivered"]["stream_seq"])
+            if not info["num_ack_pending"] or int(info["ack_floor"]["stream_seq"]) >= wanted:
+                return
+            await self.pause(COLLECT_LOOK)
+
+    async def _start_due(self, tasks: asyncio.TaskGroup) -> int:
+        """Start the heads whose next try has come."""
+        started, now = 0, asyncio.get_running_loop().time()
+        while self._later and self._later[0][0] <= now:
+            _, _, place = heapq.heappop(self._later)
+            await self._start(tasks, place)
+            started += 1
+        return started
+
+    async def _start_new(self, tasks: asyncio.TaskGroup) -> int:
+        """Start what stands behind the cursor, but for busy keys: their turn comes with the key."""
+        async with self._transaction() as session:
+            page = await self._queue.page(session, self._cursor, BATCH)
+        for place in page:
+            if place.key is None or place.key not in self._busy:
+                await self._start(tasks, place)
+            else:
+                self._skipped.add(place.key)
+            self._cursor = place
+        return len(page)
+
+    async def _start(self, tasks: asyncio.TaskGroup, place: Place) -> None:
+        if place.key is not None:
+            self._busy.add(place.key)
+        await self._places.acquire()
+        tasks.create_task(self._one(place), name=f"event {place.sequence}")
+
+    async def _rest(self) -> None:
+        """Sleep until something comes, or the next try of a head."""
+        loop = asyncio.get_running_loop()
+        seconds = self._later[0][0] - loop.time() if self._later else 1.0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(min(seconds, 1.0), 0.001)):
+                await self._work.wait()
+
+    async def _one(self, place: Place) -> None:
+        """Work a place, and the key's later ones after it, until the key waits or is empty."""
+        try:
+            while not self._is_over():
+                if place.key is not None:
+                    self._skipped.discard(place.key)
+                async with self._transaction() as session:
+                    found = await self._first(session, place)
+                if found is not None and not await self._worked(found):
+                    return  # its key stays busy
+                if place.key is None:
+                    return
+                if found is None and place.key not in self._skipped:
+                    self._busy.discard(place.key)
+                    return
+        except (OutboxError, SQLAlchemyError, OSError) as error:
+            self._failure = error
+        finally:
+            self._places.release()
+            self._work.set()
+
+    async def _worked(self, found: Held) -> bool:
+        """Have the event handled; return False when it waits for its next try."""
+        answer = _Answer(self, found.place)
+        if found.due_seconds > 0:
+            answer.delay = timedelta(seconds=float(found.due_seconds))
+        else:
+            await self.handling.message(cast("Puller", answer), self._message(found))
+        if answer.delay is not None:
+            self._put_off(found.place, answer.delay)
+        return answer.delay is None
+
+    async def _first(self, session: AsyncSession, place: Place) -> Held | None:
+        """Return the key's first event, which may stand before `place`; of no key the event."""
+        if place.key is not None:
+            return await self._queue.next_of_key(session, place.key)
+        return await self._queue.row(session, place)
+
+    def _put_off(self, place: Place, delay: timedelta) -> None:
+        self._order += 1
+        at = asyncio.get_running_loop().time() + delay.total_seconds()
+        heapq.heappush(self._later, (at, self._order, place))
+        self._work.set()
+
+    def _message(self, found: Held) -> Message:
+        """Return the event as a delivery; one of an earlier epoch may have been tried before."""
+        tried = max(found.delivered, int(found.epoch != self._queue.epoch))
+        return Message(
+            subject=found.subject,
+            headers=decode_headers(found.headers),
+            body=found.body,
+            reply="",
+            stream=self.stream,
+            sequence=found.sequence,
+            delivered=tried + 1,
+            timestamp=found.stored_at,
+        )
+
+    async def finish(self, place: Place) -> None:
+        """Delete an event that is handled or given up; a crash before it finds the inbox row."""
+        async with self._transaction() as session:
+            await self._queue.done(session, place)
+
+    async def postpone(self, place: Place, delay: timedelta) -> None:
+        """Have a key wait; without a database it waits in memory."""
+        with contextlib.suppress(SQLAlchemyError, OSError):
+            async with self._transaction() as session:
+                await self._queue.postpone(session, place, delay)
+
+
+class _Answer:
+    """Takes what the handling answers where a broker would."""
+
+    def __init__(self, ordered: Ordered, place: Place) -> None:
+        self._ordered = ordered
+        self._place = place
+        self.delay: timedelta | None = None
+
+    async def ack(self, message: Message) -> None:
+        """Finish with the event."""
+        del message
+        await self._ordered.finish(self._place)
+
+    async def nak(self, message: Message, delay: timedelta = timedelta(0)) -> None:
+        """Have the event tried again."""
+        del message
+        self.delay = delay
+        await self._ordered.postpone(self._place, delay)
+
+
+def _held(message: Message) -> Held:
+    """Return a message as a row; what no text column takes of a stranger's is left out, or escaped.
+
+    The event then fails as it would by itself: its type is not the subject.
+    """
+    key = next((v for name, v in message.headers.items() if name.lower() == _KEY), None)
+    return Held(
+        "",
+        message.sequence,
+        key if key is not None and is_key(key) else None,
+        printable(message.subject),
+        header_bytes(message.headers),
+        message.body,
+        message.timestamp,
+        0,
+        0,
+        0.0,
+    )

@@ -1,0 +1,182 @@
+"""The durable queue of an ordered listener, and the lease on working it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from outbox.postgres.tables import statement
+
+# More than two leases ahead: the clock was set back, which would keep a dead owner for that long.
+TAKE = """
+INSERT INTO {schema}.listener_lease AS l (listener, owner, owner_name, epoch, expires_at)
+VALUES (CAST(:listener AS text), CAST(:owner AS uuid), CAST(:owner_name AS text), 1,
+        clock_timestamp() + CAST(:lease AS interval))
+ON CONFLICT (listener) DO UPDATE
+SET owner = excluded.owner, owner_name = excluded.owner_name, epoch = l.epoch + 1,
+    expires_at = excluded.expires_at
+WHERE l.owner = excluded.owner OR l.expires_at < clock_timestamp()
+   OR l.expires_at > clock_timestamp() + 2 * CAST(:lease AS interval)
+RETURNING epoch
+"""
+RENEW = """
+UPDATE {schema}.listener_lease SET expires_at = clock_timestamp() + CAST(:lease AS interval)
+WHERE listener = CAST(:listener AS text) AND owner = CAST(:owner AS uuid) AND epoch = :epoch
+RETURNING epoch
+"""
+RELEASE = """
+UPDATE {schema}.listener_lease SET owner = NULL, owner_name = NULL, expires_at = '-infinity'
+WHERE listener = CAST(:listener AS text) AND owner = CAST(:owner AS uuid) AND epoch = :epoch
+"""
+# A share lock: whoever takes the lease waits until the transaction that checked it has ended.
+FENCE = """
+SELECT 1 FROM {schema}.listener_lease
+WHERE listener = CAST(:listener AS text) AND owner = CAST(:owner AS uuid) AND epoch = :epoch
+FOR SHARE
+"""
+# A message that comes again is here already; the ack that follows must not be lost by a crash.
+HOLD = """
+INSERT INTO {schema}.held (listener, created, sequence, key, subject, headers, body, stored_at,
+                           epoch)
+SELECT CAST(:listener AS text), CAST(:created AS text), s, k, j, h, b, t, :epoch
+FROM unnest(CAST(:sequences AS int8[]), CAST(:keys AS text[]), CAST(:subjects AS text[]),
+            CAST(:headers AS bytea[]), CAST(:bodies AS bytea[]), CAST(:stored_ats AS timestamptz[])
+           ) AS u(s, k, j, h, b, t)
+WHERE (SELECT CASE WHEN current_setting('synchronous_commit') = 'off'
+                   THEN set_config('synchronous_commit', 'on', true) ELSE '' END) IS NOT NULL
+ON CONFLICT DO NOTHING
+"""
+PAGE = """
+SELECT created, sequence, key FROM {schema}.held
+WHERE listener = CAST(:listener AS text)
+  AND (created, sequence) > (CAST(:created AS text), CAST(:sequence AS int8))
+ORDER BY created, sequence LIMIT CAST(:rows_max AS int)
+"""
+_ROW = """
+SELECT created, sequence, key, subject, headers, body, stored_at, epoch, delivered,
+       greatest(extract(epoch FROM due_at - clock_timestamp()), 0)
+FROM {schema}.held WHERE listener = CAST(:listener AS text) """
+ROW = _ROW + "AND created = CAST(:created AS text) AND sequence = CAST(:sequence AS int8)"
+NEXT = _ROW + "AND key = CAST(:key AS text) ORDER BY created, sequence LIMIT 1"
+DONE = """
+DELETE FROM {schema}.held WHERE listener = CAST(:listener AS text)
+  AND created = CAST(:created AS text) AND sequence = CAST(:sequence AS int8)
+"""
+POSTPONE = """
+UPDATE {schema}.held
+SET delivered = delivered + 1, due_at = clock_timestamp() + CAST(:delay AS interval)
+WHERE listener = CAST(:listener AS text)
+  AND created = CAST(:created AS text) AND sequence = CAST(:sequence AS int8)
+"""
+
+
+class Place(NamedTuple):
+    """Where an event stands in the queue."""
+
+    created: str
+    sequence: int
+    key: str | None
+
+
+class Held(NamedTuple):
+    """An event of the queue."""
+
+    created: str
+    sequence: int
+    key: str | None
+    subject: str
+    headers: bytes
+    body: bytes
+    stored_at: datetime
+    epoch: int
+    delivered: int
+    due_seconds: float  # until its next try
+
+    @property
+    def place(self) -> Place:
+        """Where it stands."""
+        return Place(self.created, self.sequence, self.key)
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """The queue of one listener, under one owner and epoch of its lease."""
+
+    schema: str
+    listener: str
+    owner: UUID
+    epoch: int = 0
+
+    async def take(self, session: AsyncSession, owner_name: str, lease: timedelta) -> int | None:
+        """Take the lease when nobody has it; return its new epoch, else None."""
+        values = {"owner": self.owner, "owner_name": owner_name, "lease": lease}
+        epoch = await session.scalar(self._sql(TAKE), self._own | values)
+        return None if epoch is None else int(epoch)
+
+    async def renew(self, session: AsyncSession, lease: timedelta) -> bool:
+        """Extend the lease; return False when another instance has taken it."""
+        return await session.scalar(self._sql(RENEW), self._fence | {"lease": lease}) is not None
+
+    async def release(self, session: AsyncSession) -> None:
+        """Give the lease back, so that another instance takes it at once."""
+        await session.execute(self._sql(RELEASE), self._fence)
+
+    async def is_mine(self, session: AsyncSession) -> bool:
+        """Return whether the lease is held still, and cannot be taken before the COMMIT."""
+        return await session.scalar(self._sql(FENCE), self._fence) is not None
+
+    async def hold(self, session: AsyncSession, created: str, rows: Sequence[Held]) -> None:
+        """Write messages of the stream's incarnation `created`; those that are here stay."""
+        columns: dict[str, list[Any]] = {
+            "sequences": [row.sequence for row in rows],
+            "keys": [row.key for row in rows],
+            "subjects": [row.subject for row in rows],
+            "headers": [row.headers for row in rows],
+            "bodies": [row.body for row in rows],
+            "stored_ats": [row.stored_at for row in rows],
+        }
+        more = {"created": created, "epoch": self.epoch}
+        await session.execute(self._sql(HOLD), self._own | more | columns)
+
+    async def page(self, session: AsyncSession, after: Place, rows_max: int) -> list[Place]:
+        """Return the places behind one, in order."""
+        values = {"created": after.created, "sequence": after.sequence, "rows_max": rows_max}
+        found = await session.execute(self._sql(PAGE), self._own | values)
+        return [Place(*row) for row in found]
+
+    async def row(self, session: AsyncSession, place: Place) -> Held | None:
+        """Return the event at a place, None when it has gone."""
+        found = (await session.execute(self._sql(ROW), self._own | self._at(place))).one_or_none()
+        return None if found is None else Held(*found)
+
+    async def next_of_key(self, session: AsyncSession, key: str) -> Held | None:
+        """Return the first event of a key that is left."""
+        found = await session.execute(self._sql(NEXT), self._own | {"key": key})
+        row = found.one_or_none()
+        return None if row is None else Held(*row)
+
+    async def done(self, session: AsyncSession, place: Place) -> None:
+        """Delete an event that is finished with."""
+        await session.execute(self._sql(DONE), self._own | self._at(place))
+
+    async def postpone(self, session: AsyncSession, place: Place, delay: timedelta) -> None:
+        """Have an event, and its key with it, wait for its next try."""
+        values = self._own | self._at(place) | {"delay": delay}
+        await session.execute(self._sql(POSTPONE), values)
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        return {"listener": self.listener}
+
+    @property
+    def _fence(self) -> dict[str, Any]:
+        return {"listener": self.listener, "owner": self.owner, "epoch": self.epoch}
+
+    def _sql(self, sql: str) -> Any:
+        return statement(self.schema, sql)
+
+    def _at(self, place: Place) -> dict[str, Any]:
+        return {"created": place.created, "sequence": place.sequence}
