@@ -33,6 +33,7 @@ bench: $(VENV)/.installed
 	-@$(BIN)/python benchmarks/drain.py
 	-@$(BIN)/python benchmarks/latency.py
 	-@$(BIN)/python -m benchmarks.verify
+	-@$(BIN)/python -m benchmarks.blockage
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "outbox needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }

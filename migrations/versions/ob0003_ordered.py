@@ -1,4 +1,4 @@
-"""What listeners with `ordered = True` keep: who is active, and the events that wait their turn.
+"""What ordered listeners keep, and what a lane's owner says of the broker.
 
 Beside the grants of ob0001 and ob0002 such a listener's role needs
 
@@ -47,6 +47,13 @@ CREATE INDEX held_key ON {schema}.held (listener, key, created, sequence) WHERE 
 """
 
 
+LANE = """
+ALTER TABLE {schema}.lane
+    ADD COLUMN unanswered_since timestamptz,
+    ADD COLUMN hindrance text
+"""
+
+
 def upgrade(execute: Callable[[str], object], schema: str) -> None:
-    for sql in (LEASE, HELD, HELD_KEY):
+    for sql in (LEASE, HELD, HELD_KEY, LANE):
         execute(sql.strip().replace("{schema}", schema))

@@ -50,4 +50,7 @@ def _table(found: dict[str, Any]) -> str:
         owner = lane["owner"] or "nobody"
         state = "alive" if lane["alive"] else "not alive"
         lines.append(f"lane {lane['lane']:<19}{owner}, {state}, epoch {lane['epoch']}")
+        if lane["no_ack_seconds"] is not None:
+            why = f": {lane['hindrance']}" if lane["hindrance"] else ""
+            lines.append(f"{'':<24}no ack for {lane['no_ack_seconds']:.0f} s{why}")
     return "\n".join(lines)

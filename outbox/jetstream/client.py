@@ -348,6 +348,7 @@ class JetStreamClient:
 
     async def _connected(self) -> None:
         self.generation += 1
+        self.denied_subjects.clear()  # permissions may be others now
         self.last_error = None
         self._up.set()
         log.info("connected to NATS", extra={"generation": self.generation})

@@ -19,6 +19,7 @@ API_LEVEL_ATOMIC = 2  # nats-server 2.12 knows allow_atomic
 MAX_AGE = timedelta(hours=24)
 DUPLICATE_WINDOW = timedelta(minutes=5)
 STREAM_NOT_FOUND = 10059
+_LAST_BYTES = 1_048_576  # with less room than this a stream counts as full
 CONSUMER_NOT_FOUND = 10014
 _STREAM_EXISTS = 10058
 _CONSUMER_EXISTS = 10148
@@ -38,6 +39,23 @@ class StreamFacts:
     created: str
     drift: tuple[str, ...] = ()
     made: bool = False
+
+    @property
+    def limits_subjects(self) -> bool:
+        """True when one subject may be full while the others are not."""
+        per_subject = int(self.config.get("max_msgs_per_subject") or 0)
+        return per_subject > 0 and bool(self.config.get("discard_new_per_subject"))
+
+    @property
+    def is_full(self) -> bool:
+        """True when the stream as a whole takes nothing more, or hardly anything."""
+        messages, size = (
+            int(self.config.get("max_msgs") or 0),
+            int(self.config.get("max_bytes") or 0),
+        )
+        return (0 < messages <= int(self.state.get("messages") or 0)) or (
+            0 < size <= int(self.state.get("bytes") or 0) + _LAST_BYTES
+        )
 
     @property
     def max_age(self) -> timedelta | None:

@@ -58,6 +58,7 @@ class Answer:
     sequence: int = 0
     stream: str = ""
     detail: str = ""
+    code: int = 0  # of the error
 
 
 class Held(StrEnum):
@@ -68,6 +69,7 @@ class Held(StrEnum):
     REUSED = "reused"  # another event with the same id
 
 
+STORE_FAILED = 10077  # the stream is full, or has its most of this subject
 _OUTAGES = frozenset({10008, 10009, 10023, 10047, 10074, 10077, 10158, 10167})
 _IMPOSSIBLE = frozenset({10054, 10097, 10165, 10189, 10190})
 _MISCONFIGURED = frozenset({10060, 10071, 10109, 10111, 10164, 10166})
@@ -107,7 +109,7 @@ def _classify_error(error: Any) -> Answer:
     if reason in _MISCONFIGURED:
         return Answer(Outcome.MISCONFIGURED, detail=detail)
     if reason in _OUTAGES or (isinstance(code, int) and code >= _SERVER_BUSY):
-        return Answer(Outcome.UNAVAILABLE, detail=detail)
+        return Answer(Outcome.UNAVAILABLE, detail=detail, code=int(reason or 0))
     return Answer(Outcome.REFUSED, detail=detail)
 
 

@@ -35,6 +35,10 @@ class InHand(OutboxError):  # noqa: N818 - internal
     """Another transaction records the same event and stays open; nothing was spent."""
 
 
+class ConnectionLost(OutboxError):  # noqa: N818 - internal
+    """The database ended the handler's connection: an outage, unless others are served."""
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """An event in hand, parsed, with its inbox key."""
@@ -73,6 +77,7 @@ class Attempt:
             TransactionEscaped: the handler ended the transaction by SQL.
             DatabaseUnavailable: nobody's failure.
             InHand: another instance is at one of the events.
+            ConnectionLost: perhaps the handler's doing, perhaps an outage.
             Exception: whatever the handler raised; nothing was committed.
         """
         for repeat in range(CONTENTION_REPEATS + 1):
@@ -177,6 +182,8 @@ class Attempt:
         except Exception as error:
             await self._look_for_escape(guard)
             reason = self._breach(error, timed_out=clock.expired())
+            if reason is None and isinstance(error, DBAPIError) and is_outage(error):
+                raise ConnectionLost(type(error.orig).__name__) from error
             if reason is None:
                 raise
             raise HandlerError(self.listener, event.event_id, reason) from error

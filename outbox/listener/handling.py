@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
+from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -29,7 +30,7 @@ from outbox.envelope import (
 )
 from outbox.errors import DatabaseUnavailable, OutboxError, Reject, Retry, shorten
 from outbox.jetstream.pulling import Message, Puller
-from outbox.listener.attempt import DATABASE_SECONDS, Attempt, InHand, Work
+from outbox.listener.attempt import DATABASE_SECONDS, Attempt, ConnectionLost, InHand, Work
 from outbox.listener.dead import GivenUp, Undertaker
 from outbox.listener.guard import TransactionEscaped
 from outbox.listener.outage import Outage
@@ -220,6 +221,9 @@ class Handling:
             await self._release(work, marked=marked)
             await puller.nak(message, IN_HAND_ELSEWHERE)
             return
+        except ConnectionLost as error:
+            await self._lost_connection(puller, message, work, error, marked=marked)
+            return
         except (DatabaseUnavailable, asyncio.CancelledError):
             await self._release(work, marked=marked)
             raise
@@ -237,6 +241,22 @@ class Handling:
         else:
             await self._unmark(work, marked=marked)
             await self._known(puller, message)
+
+    async def _lost_connection(
+        self, puller: Puller, message: Message, work: Work, error: Exception, *, marked: bool
+    ) -> None:
+        """Count a failure if the database serves others: then the handler has lost its connection.
+
+        `on_error` is not asked. It decides about what a handler raises, and would give an event up
+        for an outage that is over by the time it is counted.
+        """
+        try:
+            async with self._transaction() as session:
+                await session.execute(select(1))
+        except (SQLAlchemyError, OSError):
+            await self._release(work, marked=marked)
+            raise DatabaseUnavailable(str(error)) from error
+        await self._counted(puller, message, work, error, marked=marked)
 
     async def _escaped(
         self, puller: Puller, message: Message, work: Work, error: TransactionEscaped
@@ -260,6 +280,13 @@ class Handling:
                 discarded=decision is Disposition.DISCARD,
             )
             return
+        await self._counted(puller, message, work, error, marked=marked)
+
+    async def _counted(
+        self, puller: Puller, message: Message, work: Work, error: Exception, *, marked: bool
+    ) -> None:
+        """Count a failure; have the event come again, or give it up."""
+        text = f"{type(error).__name__}: {error}"
         seen = await self._count(work, error, text, marked=marked)
         self.outage.ended()  # the database answers
         if seen.spent >= self.max_attempts:

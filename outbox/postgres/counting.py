@@ -46,7 +46,8 @@ WHERE c.relkind = 'r' AND (
 LANES = """
 SELECT lane, owner_name, epoch, owner IS NOT NULL AND expires_at > clock_timestamp(),
        CASE WHEN isfinite(expires_at)
-            THEN CAST(extract(epoch FROM expires_at - clock_timestamp()) AS float8) END
+            THEN CAST(extract(epoch FROM expires_at - clock_timestamp()) AS float8) END,
+       CAST(extract(epoch FROM clock_timestamp() - unanswered_since) AS float8), hindrance
 FROM {schema}.lane ORDER BY lane
 """
 _COUNTED = {
@@ -75,6 +76,8 @@ class LaneState:
     epoch: int
     alive: bool
     expires_in_seconds: float | None
+    no_ack_seconds: float | None  # how long the owner has waited for one
+    hindrance: str | None  # why it does not publish
 
 
 async def count(connection: AsyncConnection, schema: str) -> Counts:

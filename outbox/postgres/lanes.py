@@ -14,18 +14,20 @@ FENCE = """fence AS (
 # More than two leases ahead: the clock was set back, which would keep a dead owner for that long.
 TAKE = """
 UPDATE {schema}.lane SET owner = $2::uuid, owner_name = $3::text, epoch = epoch + 1,
-       expires_at = clock_timestamp() + $4::interval
+       expires_at = clock_timestamp() + $4::interval, unanswered_since = NULL, hindrance = NULL
 WHERE lane = $1::int2
   AND (owner = $2::uuid OR expires_at < clock_timestamp()
        OR expires_at > clock_timestamp() + 2 * $4::interval)
 RETURNING epoch
 """
 RENEW = """
-UPDATE {schema}.lane SET expires_at = clock_timestamp() + $4::interval
+UPDATE {schema}.lane SET expires_at = clock_timestamp() + $4::interval,
+       unanswered_since = clock_timestamp() - $5::interval, hindrance = $6::text
 WHERE lane = $1::int2 AND owner = $2::uuid AND epoch = $3::int8 RETURNING epoch
 """
 RELEASE = """
-UPDATE {schema}.lane SET owner = NULL, owner_name = NULL, expires_at = '-infinity'
+UPDATE {schema}.lane SET owner = NULL, owner_name = NULL, expires_at = '-infinity',
+       unanswered_since = NULL, hindrance = NULL
 WHERE lane = $1::int2 AND owner = $2::uuid AND epoch = $3::int8
 """
 
@@ -42,12 +44,28 @@ async def take(
 
 
 async def renew(
-    driver: Driver, schema: str, fence: tuple[int, UUID, int], *, lease: timedelta
+    driver: Driver,
+    schema: str,
+    fence: tuple[int, UUID, int],
+    *,
+    lease: timedelta,
+    unanswered: timedelta | None = None,
+    hindrance: str | None = None,
 ) -> bool:
-    """Extend the lease of (lane, owner, epoch); return False when it was taken by another."""
+    """Extend the lease of (lane, owner, epoch); return False when it was taken by another.
+
+    Args:
+        unanswered: how long something has waited for an ack; for `outbox status`.
+        hindrance: what keeps the owner from publishing; for `outbox status`.
+    """
     with translated():
         row = await driver.fetchrow(
-            raw(schema, RENEW), *fence, lease, timeout=lease.total_seconds() / 2
+            raw(schema, RENEW),
+            *fence,
+            lease,
+            unanswered,
+            hindrance,
+            timeout=lease.total_seconds() / 2,
         )
     return row is not None
 

@@ -242,6 +242,9 @@ def metadata(schema: str = "outbox") -> MetaData:
         Column("epoch", BigInteger, nullable=False, server_default=text("0")),
         Column("expires_at", _Time, nullable=False, server_default=text("'-infinity'")),
         Column("generation", Integer, nullable=False, server_default=text("0")),
+        # what the owner says at each renewal: since when no ack comes, and what hinders it
+        Column("unanswered_since", _Time),
+        Column("hindrance", Text),
         PrimaryKeyConstraint("lane", name="lane_pkey"),
         CheckConstraint(
             "0 <= slot_low AND slot_low <= slot_high AND slot_high < 1024", name="lane_slots"

@@ -42,6 +42,8 @@ class Flight:
     verdicts: dict[int, Verdict] = field(default_factory=dict)  # failed and dead rows
     duplicates: int = 0
     no_responders: list[int] = field(default_factory=list)
+    limits_subjects: bool = False  # of the stream: one subject may be full alone
+    full: list[int] = field(default_factory=list)  # refused so; whether the stream is, shows later
     outage: str | None = None
     sent_at: float | None = None  # monotonic; when the last piece was handed over
     generation: int = -1  # of the connection that it was sent on
@@ -195,7 +197,10 @@ class Flight:
                     extra={"event_id": row.event_id, "reason": answer.detail},
                 )
             case Outcome.UNAVAILABLE:
-                self.outage = answer.detail
+                if self.limits_subjects and answer.code == publishing.STORE_FAILED:
+                    self.full.append(index)
+                else:
+                    self.outage = answer.detail
                 self._decide(index, State.UNKNOWN)
             case Outcome.MISCONFIGURED:
                 self.fail(index, answer.detail, counted=False)

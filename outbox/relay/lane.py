@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox.errors import BrokerUnavailable
 from outbox.jetstream import provisioning
 from outbox.jetstream.client import ApiError, JetStreamClient
+from outbox.jetstream.provisioning import StreamFacts
 from outbox.jetstream.publishing import AckInbox
 from outbox.postgres import driver, pending
 from outbox.postgres.driver import Driver
@@ -86,6 +87,8 @@ class Lane:
         self._air: Air | None = None
         self._settling: asyncio.Task[None] | None = None
         self._token = 0
+        self._facts_of = -1  # the connection on which the stream was asked for its limits
+        self._subjects_limited = False
         self._trusted = -1  # the connection on which the streams were found to hold all
         self._close_seen = -1  # the connection whose close was taken note of
         self._streams: dict[str, str] = {}
@@ -394,6 +397,7 @@ class Lane:
             self._lease.check,
             self._told_sent(),
             streams=await self._streams_of(page.rows),
+            limits_subjects=await self._limits_subjects(),
         )
         self._token += len(page.rows)
         return flight
@@ -405,6 +409,7 @@ class Lane:
         refused = self._inbox.refused  # while the error is known: a new connection forgets it
         at_once = flight.sent_at is not None and time.monotonic() - flight.sent_at <= AT_ONCE
         disconnected = flight.outage is not None and not flight.connected
+        await self._explain_full(flight)
         await self._explain(flight)
         if disconnected:
             self._watch_close(flight, caution, refused=refused, at_once=at_once)
@@ -473,6 +478,37 @@ class Lane:
                 flight.fail(index, f"no stream takes {subject}", counted=False)
         if not page.having(State.UNKNOWN):
             flight.outage = None
+
+    async def _limits_subjects(self) -> bool:
+        """Return whether the stream limits single subjects, as it said on this connection."""
+        if self._facts_of != self._inbox.generation:
+            facts = await self._stream_facts()
+            if facts is None:
+                return False
+            self._facts_of, self._subjects_limited = self._inbox.generation, facts.limits_subjects
+        return self._subjects_limited
+
+    async def _stream_facts(self) -> StreamFacts | None:
+        """Return what the broker says of the stream, None when it does not say."""
+        name = self._settings.stream
+        try:
+            info = await self._client.api(f"STREAM.INFO.{name}")
+        except (BrokerUnavailable, ApiError):
+            return None
+        return StreamFacts(name, info["config"], info["state"], str(info["created"]))
+
+    async def _explain_full(self, flight: Flight) -> None:
+        """Tell a full stream, an outage, from a subject at a limit of its own: only that waits."""
+        if not flight.full:
+            return
+        facts = await self._stream_facts()
+        if facts is None or facts.is_full:
+            flight.outage = flight.outage or "the stream is full"
+            return
+        for index in flight.full:
+            if flight.page.states[index] is State.UNKNOWN:
+                flight.page.undecided += 1
+                flight.fail(index, "the stream holds its most of this subject", counted=False)
 
     async def _is_homeless(self, subject: str) -> bool:
         """Return whether the broker says that no stream of ours takes `subject`."""

@@ -62,14 +62,27 @@ class Lease:
         self._deadline = begun + self.duration.total_seconds()
         return True
 
-    async def renew(self, driver: Driver) -> None:
-        """Extend the lease.
+    async def renew(
+        self,
+        driver: Driver,
+        *,
+        unanswered: timedelta | None = None,
+        hindrance: str | None = None,
+    ) -> None:
+        """Extend the lease, and say how it goes; see `lanes.renew`.
 
         Raises:
             LaneLost: another relay has it.
         """
         begun = now()
-        if not await lanes.renew(driver, self._schema, self.fence, lease=self.duration):
+        if not await lanes.renew(
+            driver,
+            self._schema,
+            self.fence,
+            lease=self.duration,
+            unanswered=unanswered,
+            hindrance=hindrance,
+        ):
             self._deadline = 0.0
             raise LaneLost("another relay took the lane")
         self._deadline = begun + self.duration.total_seconds()

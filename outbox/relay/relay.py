@@ -254,10 +254,18 @@ class Relay(Worker):
         while True:
             await asyncio.sleep(self.settings.lease.total_seconds() / 3)
             async with self._turn:
-                await self._lease.renew(shared)
+                await self._renew(shared)
             if time.monotonic() >= upkeep_at:
                 await self._tend(held, shared)
                 upkeep_at = time.monotonic() + UPKEEP.total_seconds()
+
+    async def _renew(self, shared: Driver) -> None:
+        seconds = self.health().unanswered_seconds
+        await self._lease.renew(
+            shared,
+            unanswered=None if seconds is None else timedelta(seconds=seconds),
+            hindrance=None if self._broker.reason is None else self._broker.reason[:500],
+        )
 
     async def _tend(self, held: AsyncConnection, shared: Driver) -> None:
         """Do the upkeep; what hinders it (a missing privilege, a lock) does not end the relay."""
@@ -267,7 +275,7 @@ class Relay(Worker):
             for _ in range(upkeep.PRUNE_ROUNDS):
                 async with self._turn:
                     more = await upkeep.prune_inbox(held, self.settings)
-                    await self._lease.renew(shared)
+                    await self._renew(shared)
                 if not more:
                     break
         except DatabaseUnavailable as error:
