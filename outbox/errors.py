@@ -16,7 +16,22 @@ OutboxError
 
 from datetime import timedelta
 
+from sqlalchemy.exc import StatementError
+
 VALUE_SHOWN_MAX = 40
+
+
+def hide_parameters(error: BaseException | None) -> None:
+    """Keep the values of SQL statements out of the texts of `error` and of what led to it.
+
+    SQLAlchemy prints a failed statement's parameters: payloads, in ours and in most handlers'.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, StatementError):
+            error.hide_parameters = True
+        error = error.__cause__ or error.__context__
 
 
 def shorten(value: object) -> str:

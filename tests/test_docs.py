@@ -22,7 +22,12 @@ from outbox.settings import Settings, variables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "SECURITY.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 PROMISE = """
 An event added in a transaction that commits is delivered; one added in a transaction that rolls back never is.
 Publication is at least once. The effect of a handler in its own database is exactly once. Events of one key, added by

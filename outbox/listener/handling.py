@@ -28,7 +28,14 @@ from outbox.envelope import (
     parse,
     with_registered_payload,
 )
-from outbox.errors import DatabaseUnavailable, OutboxError, Reject, Retry, shorten
+from outbox.errors import (
+    DatabaseUnavailable,
+    OutboxError,
+    Reject,
+    Retry,
+    hide_parameters,
+    shorten,
+)
 from outbox.jetstream.pulling import Message, Puller
 from outbox.listener.attempt import DATABASE_SECONDS, Attempt, ConnectionLost, InHand, Work
 from outbox.listener.dead import GivenUp, Undertaker
@@ -228,6 +235,7 @@ class Handling:
             await self._release(work, marked=marked)
             raise
         except Exception as error:  # the one place where a handler's failure is taken
+            hide_parameters(error)
             logger.warning(
                 "a handler failed",
                 extra=self._facts(message, work) | {"error_type": type(error).__name__},

@@ -5,8 +5,10 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Protocol
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, TextClause
+from sqlalchemy.exc import StatementError
 
+from outbox.errors import hide_parameters
 from outbox.postgres import wake
 from outbox.postgres.tables import SLOTS, statement
 
@@ -80,9 +82,17 @@ def insert(connection: Connection, schema: str, events: Sequence[Row], *, notify
         if notify and index == len(chunks) - 1:
             high, low = wake.gate(schema)
             parameters |= {"gate_high": high, "gate_low": low, "channel": wake.channel(schema)}
-            connection.execute(statement(schema, INSERT_AND_WAKE), parameters)
+            _execute(connection, statement(schema, INSERT_AND_WAKE), parameters)
         else:
-            connection.execute(statement(schema, INSERT), parameters)
+            _execute(connection, statement(schema, INSERT), parameters)
+
+
+def _execute(connection: Connection, sql: TextClause, parameters: dict[str, object]) -> None:
+    try:
+        connection.execute(sql, parameters)
+    except StatementError as error:
+        hide_parameters(error)
+        raise
 
 
 def _columns(events: Sequence[Row]) -> dict[str, object]:

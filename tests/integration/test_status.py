@@ -38,7 +38,15 @@ async def test_status_of_empty_tables_has_every_key(engine: AsyncEngine) -> None
         "inbox": 0,
         "schema_version": schema.head(),
         "lanes": [
-            {"lane": 0, "owner": None, "epoch": 0, "alive": False, "expires_in_seconds": None}
+            {
+                "lane": 0,
+                "owner": None,
+                "epoch": 0,
+                "alive": False,
+                "expires_in_seconds": None,
+                "no_ack_seconds": None,
+                "hindrance": None,
+            }
         ],
         "estimated": [],
     }
