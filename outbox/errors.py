@@ -16,7 +16,7 @@ OutboxError
 
 from datetime import timedelta
 
-from sqlalchemy.exc import StatementError
+from sqlalchemy import exc
 
 VALUE_SHOWN_MAX = 40
 
@@ -29,7 +29,7 @@ def hide_parameters(error: BaseException | None) -> None:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, StatementError):
+        if isinstance(error, exc.StatementError):
             error.hide_parameters = True
         error = error.__cause__ or error.__context__
 

@@ -185,17 +185,24 @@ class Ordered:
 
     async def _collect_and_work(self) -> None:
         await self._collect()
-        async with asyncio.TaskGroup() as tasks:
+        async with asyncio.TaskGroup() as tasks:  # which would wrap an outage into a group
             while not self._is_over():
-                self._work.clear()
-                started = await self._start_due(tasks)
-                started += await self._start_new(tasks)
-                if not started:
-                    await self._rest()
+                try:
+                    await self._start_all(tasks)
+                except (OutboxError, SQLAlchemyError, OSError) as error:
+                    self._failure = error
         if self._failure is not None:
             raise self._failure
         if not self.handling.stopping.is_set():
             raise BrokerUnavailable("reconnected: what was on its way has to be collected")
+
+    async def _start_all(self, tasks: asyncio.TaskGroup) -> None:
+        """Start what may be worked now; rest when that is nothing."""
+        self._work.clear()
+        started = await self._start_due(tasks)
+        started += await self._start_new(tasks)
+        if not started:
+            await self._rest()
 
     def _is_over(self) -> bool:
         """Return whether nothing more may be worked.
