@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from outbox.cli import contracts, dev, logs, options, services, tables, verify
+from outbox.cli import contracts, dead, dev, logs, options, services, tables, verify
 from outbox.cli.running import finish, report
 from outbox.errors import OutboxError
 from outbox.settings import Settings
@@ -27,6 +27,14 @@ _EACH = {
     "demo": (dev.demo, "show exactly one effect per event", "  outbox demo"),
     "listen": (services.listen, "run listener classes", "  outbox listen app.events:SendMail"),
     "run": (services.run, "run workers of your own making", "  outbox run app.main:workers"),
+    "dead": (
+        dead.dead,
+        "list, show, requeue and discard dead letters",
+        """  outbox dead list --listener mailer-receipts
+  outbox dead show 17 --payload
+  outbox dead requeue 17 18 --note "mail server is back"
+  outbox dead discard --reason rejected --older-than 7d --yes""",
+    ),
     "verify": (
         verify.show,
         "compare the archive with the stream, by ids",
@@ -85,6 +93,7 @@ def _add_own(made: dict[str, argparse.ArgumentParser]) -> None:
     made["listen"].add_argument(
         "--no-relay", action="store_true", help="run no relay for what the handlers add"
     )
+    dead.add_arguments(made["dead"])
     verify.add_arguments(made["verify"])
     contracts.add_arguments(made["contracts"])
     made["run"].add_argument("object", metavar="MODULE:NAME")

@@ -17,7 +17,7 @@ from outbox import context
 from outbox.envelope import EventEnvelope
 from outbox.errors import DatabaseUnavailable, HandlerError, OutboxError
 from outbox.listener.guard import Guard, TransactionBroken, TransactionEscaped
-from outbox.postgres import attempts, inbox
+from outbox.postgres import attempts, inbox, redrive
 from outbox.telemetry import Moment, Observer, Step
 from outbox.writer import write_buffered
 
@@ -65,6 +65,7 @@ class Attempt:
         handle: Callable[[AsyncSession, Sequence[Work]], Awaitable[None]],
         *,
         marked: bool,
+        letter: int | None = None,
     ) -> int:
         """Commit the effect of `handle` on those events that are new; return how many were.
 
@@ -72,6 +73,7 @@ class Attempt:
             works: events; more than one only for a batch.
             handle: called with the new ones, inside the transaction.
             marked: an attempt row exists, and is deleted in the same transaction.
+            letter: the requeued dead letter that the one work comes from.
 
         Raises:
             TransactionEscaped: the handler ended the transaction by SQL.
@@ -84,7 +86,7 @@ class Attempt:
             clock = asyncio.timeout(self.timeout.total_seconds() + DATABASE_SECONDS)
             try:
                 async with clock:
-                    return await self._once(works, handle, marked=marked)
+                    return await self._once(works, handle, marked=marked, letter=letter)
             except TimeoutError as error:
                 if clock.expired():
                     raise DatabaseUnavailable("no answer in time") from error
@@ -102,9 +104,10 @@ class Attempt:
         handle: Callable[[AsyncSession, Sequence[Work]], Awaitable[None]],
         *,
         marked: bool,
+        letter: int | None,
     ) -> int:
         async with self.sessionmaker() as session:
-            new, xid = await self._recorded(session, works)
+            new, xid = await self._recorded(session, works, letter)
             if xid is None:
                 return 0
             connection = (await session.connection()).sync_connection
@@ -127,12 +130,12 @@ class Attempt:
             return len(new)
 
     async def _recorded(
-        self, session: AsyncSession, works: Sequence[Work]
+        self, session: AsyncSession, works: Sequence[Work], letter: int | None
     ) -> tuple[list[Work], str | None]:
         """Record in a fresh transaction; what goes wrong here is never the handler's failure."""
         for _ in range(CONTENTION_REPEATS + 1):
             try:
-                return await self._record(session, works)
+                return await self._record(session, works, letter)
             except (OSError, PoolTimeout) as error:  # what the handler raises of these is its own
                 raise DatabaseUnavailable(type(error).__name__) from error
             except DBAPIError as error:
@@ -142,9 +145,14 @@ class Attempt:
         raise InHand("another transaction records the event")
 
     async def _record(
-        self, session: AsyncSession, works: Sequence[Work]
+        self, session: AsyncSession, works: Sequence[Work], letter: int | None
     ) -> tuple[list[Work], str | None]:
         await _begin(session)
+        if letter is not None:
+            xid, unhandled = await redrive.reopen(session, self.schema, letter)
+            if xid is None:
+                raise InHand("another instance runs the dead letter")
+            return (list(works), xid) if unhandled else ([], None)
         if len(works) == 1:
             xid = await inbox.record(
                 session, self.schema, listener=self.listener, event_id=works[0].key

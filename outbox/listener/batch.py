@@ -81,7 +81,7 @@ class Batching(Handling):
                 await self._or_hand_back(puller, entry.message, again)
 
     async def _tried(self, batch: Sequence[_Entry]) -> set[UUID]:
-        async with self._transaction() as session:
+        async with self.transaction() as session:
             return await attempts.among(
                 session,
                 self.attempt.schema,

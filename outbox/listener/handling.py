@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import StrEnum
 from typing import Any
+from uuid import UUID
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
@@ -106,6 +107,15 @@ class Handling:
         with self.logged(event):
             await self._event(puller, message, event)
 
+    def read(self, message: Message, key: UUID) -> Work:
+        """Return what a message carries, for the inbox key that it was given up under.
+
+        Raises:
+            MalformedMessage: it carries no event.
+            pydantic.ValidationError: its data does not fit.
+        """
+        return Work(self._with_payload(self._parsed(message)), key)
+
     def logged(self, event: EventEnvelope[Any]) -> AbstractContextManager[None]:
         """Have the log lines of the block say which event is handled."""
         facts = LogFacts(
@@ -123,7 +133,7 @@ class Handling:
         try:
             event = self._with_payload(event)
         except Exception as error:  # noqa: BLE001 - a model's own validators raise anything
-            text = _summary(error) if isinstance(error, ValidationError) else type(error).__name__
+            text = summary(error) if isinstance(error, ValidationError) else type(error).__name__
             await self._give_up(puller, message, Work(event, key), "invalid_payload", text)
             return
         await self._work(puller, message, Work(event, key))
@@ -178,6 +188,12 @@ class Handling:
                 await self._try(puller, message, work, marked=True)
 
     @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """Hold one of the places in which handlers run."""
+        async with self._free:
+            yield
+
+    @asynccontextmanager
     async def _alone_or_not(self, *, alone: bool) -> AsyncIterator[None]:
         """Hold all places when an earlier start has no end: it may have killed its process."""
         if not alone:
@@ -196,7 +212,7 @@ class Handling:
                     self._free.release()
 
     @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[AsyncSession]:
+    async def transaction(self) -> AsyncIterator[AsyncSession]:
         """Begin a transaction of the listener's own, and commit it; bounded in time."""
         async with (
             asyncio.timeout(DATABASE_SECONDS),
@@ -206,13 +222,13 @@ class Handling:
             yield session
 
     async def _start(self, work: Work) -> attempts.Started | None:
-        async with self._transaction() as session:
+        async with self.transaction() as session:
             return await attempts.start(
                 session, self.attempt.schema, listener=self.attempt.listener, event_id=work.key
             )
 
     async def _seen(self, work: Work) -> attempts.Started:
-        async with self._transaction() as session:
+        async with self.transaction() as session:
             return await attempts.seen(
                 session, self.attempt.schema, listener=self.attempt.listener, event_id=work.key
             )
@@ -259,7 +275,7 @@ class Handling:
         for an outage that is over by the time it is counted.
         """
         try:
-            async with self._transaction() as session:
+            async with self.transaction() as session:
                 await session.execute(select(1))
         except (SQLAlchemyError, OSError):
             await self._release(work, marked=marked)
@@ -328,7 +344,7 @@ class Handling:
         self, work: Work, error: Exception, text: str, *, marked: bool
     ) -> attempts.Started:
         """Count the failure, on a fresh connection: if none answers, it was an outage."""
-        async with self._transaction() as session:
+        async with self.transaction() as session:
             seen = await attempts.seen(
                 session, self.attempt.schema, listener=self.attempt.listener, event_id=work.key
             )
@@ -347,7 +363,7 @@ class Handling:
         if not marked:
             return
         with suppress(SQLAlchemyError, OSError):
-            async with self._transaction() as session:
+            async with self.transaction() as session:
                 await attempts.release(
                     session, self.attempt.schema, listener=self.attempt.listener, event_id=work.key
                 )
@@ -356,7 +372,7 @@ class Handling:
         """Delete the start mark of an event that another copy has finished meanwhile."""
         if not marked:
             return
-        async with self._transaction() as session:
+        async with self.transaction() as session:
             await attempts.forget(
                 session, self.attempt.schema, listener=self.attempt.listener, event_id=work.key
             )
@@ -453,7 +469,7 @@ class Handling:
         }
 
 
-def _summary(error: ValidationError) -> str:
+def summary(error: ValidationError) -> str:
     """Return which fields are wrong and how, without their values."""
     found = error.errors(include_input=False, include_url=False)
     return "; ".join(sorted({f"{'.'.join(map(str, e['loc']))}: {e['type']}" for e in found}))

@@ -35,6 +35,7 @@ from outbox.listener.dead import Undertaker
 from outbox.listener.handling import Disposition, Handling
 from outbox.listener.ordering import BATCH, Ordered
 from outbox.listener.outage import Outage
+from outbox.listener.redriving import Redriving
 from outbox.postgres import schema
 from outbox.settings import Settings
 from outbox.telemetry import Observer, Step
@@ -178,19 +179,31 @@ class Listener(Worker, Generic[P_co]):
     @override
     async def _live(self) -> None:
         place = (id(self.client), self.stream, self.identity)
+        redriving = Redriving(self._handling, self.settings.schema_name, self.identity, self.pause)
         with self._claimed(place):
-            while not self.stopping.is_set():
-                try:
-                    await self._prepare()
-                    self._outage.ended()
-                    await self._consume()
-                except ConsumerGone:
-                    logger.warning("the consumer is gone", extra={"listener": self.identity})
-                    await self.pause(AFTER_LOSS)
-                except (OutboxError, SQLAlchemyError, OSError) as error:
-                    if not self._prepared and not _is_nobodys(error):
-                        raise  # wrong configuration at start; later it is an outage like others
-                    await self.pause(self._outage.began(error))
+            redrive = asyncio.create_task(redriving.run(), name="redrive")
+            try:
+                await self._serve()
+            finally:
+                redrive.cancel()
+                await asyncio.wait({redrive})
+        if not redrive.cancelled() and (error := redrive.exception()) is not None:
+            raise error
+
+    async def _serve(self) -> None:
+        """Prepare and consume until stopped; start anew after an outage."""
+        while not self.stopping.is_set():
+            try:
+                await self._prepare()
+                self._outage.ended()
+                await self._consume()
+            except ConsumerGone:
+                logger.warning("the consumer is gone", extra={"listener": self.identity})
+                await self.pause(AFTER_LOSS)
+            except (OutboxError, SQLAlchemyError, OSError) as error:
+                if not self._prepared and not _is_nobodys(error):
+                    raise  # wrong configuration at start; later it is an outage like others
+                await self.pause(self._outage.began(error))
 
     @contextlib.contextmanager
     def _claimed(self, place: tuple[int, str, str]) -> Iterator[None]:

@@ -1,0 +1,165 @@
+"""`outbox dead`: the dead letters of relay and listeners, and what becomes of them."""
+
+import argparse
+import getpass
+import json
+import os
+import re
+import socket
+import sys
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from outbox.cli import options
+from outbox.errors import ConfigurationError
+from outbox.operate import redrive
+from outbox.postgres.redrive import Filter
+from outbox.settings import Settings
+
+ACTIONS = ("list", "show", "requeue", "discard")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+_DONE = {"requeue": "requeued", "discard": "discarded"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what only this command has."""
+    parser.add_argument("action", choices=ACTIONS)
+    parser.add_argument("ids", nargs="*", type=int, metavar="ID")
+    chosen = parser.add_argument_group("which ones")
+    chosen.add_argument("--side", choices=("relay", "listener"))
+    chosen.add_argument("--subject", metavar="SUBJECT")
+    chosen.add_argument("--listener", metavar="IDENTITY")
+    chosen.add_argument("--reason", metavar="REASON")
+    chosen.add_argument("--older-than", type=_age, metavar="AGE", help="such as 90s, 15m, 2h, 7d")
+    chosen.add_argument("--newer-than", type=_age, metavar="AGE")
+    chosen.add_argument("--all", action="store_true", help="list closed ones too")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--payload", action="store_true", help="show the body too")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--note", metavar="TEXT", help="why; kept with the action")
+    parser.add_argument("--by", metavar="NAME", help="who does it (default: user@host)")
+
+
+def _age(text: str) -> timedelta:
+    found = re.fullmatch(r"(\d{1,6})([smhd])", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no age such as 90s, 15m, 2h or 7d")
+    return timedelta(**{_UNITS[found[2]]: int(found[1])})
+
+
+async def dead(settings: Settings, given: argparse.Namespace) -> int:
+    """List, show, requeue or discard dead letters."""
+    engine = options.engine(settings, "outbox dead")
+    try:
+        match given.action:
+            case "list":
+                return await _list(engine, settings.schema_name, given)
+            case "show":
+                return await _show(engine, settings.schema_name, given)
+            case _:
+                return await _act(engine, settings.schema_name, given)
+    finally:
+        await engine.dispose()
+
+
+def _filter(given: argparse.Namespace, *, state: str | None) -> Filter:
+    return Filter(
+        ids=given.ids or None,
+        side=given.side,
+        subject=given.subject,
+        listener=given.listener,
+        reason=given.reason,
+        older_than=given.older_than,
+        newer_than=given.newer_than,
+        state=state,
+    )
+
+
+async def _list(engine: AsyncEngine, schema: str, given: argparse.Namespace) -> int:
+    chosen = _filter(given, state=None if given.all else "open")
+    found = await redrive.listed(engine, schema, chosen)
+    if given.json:
+        print(json.dumps([each._asdict() for each in found], indent=2, default=str))
+        return options.EXIT_OK
+    for each in found:
+        who = each.listener or "relay"
+        state = "" if each.state == "open" else f" [{each.state}]"
+        when = each.failed_at.strftime("%Y-%m-%d %H:%M:%S")
+        print(f"{each.id:>6}  {when}  {who}  {each.subject}  {each.event_id}{state}")
+        print(f"{'':>8}{each.reason} after {each.attempts}: {_short(each.error)}")
+    print(f"{len(found):,} dead letters")
+    return options.EXIT_OK
+
+
+def _short(error: str) -> str:
+    line = " ".join(error.split())
+    return line if len(line) <= 100 else f"{line[:99]}…"  # noqa: PLR2004 - a line of a terminal
+
+
+async def _show(engine: AsyncEngine, schema: str, given: argparse.Namespace) -> int:
+    if len(given.ids) != 1:
+        raise ConfigurationError("show needs one id; `outbox dead list` has them")
+    found = await redrive.shown(engine, schema, given.ids[0])
+    if found is None:
+        raise ConfigurationError(f"there is no dead letter {given.ids[0]}")
+    letter, headers, body, history = found
+    facts: dict[str, Any] = letter._asdict() | {
+        "headers": headers.decode(errors="backslashreplace").splitlines(),
+        "body_bytes": len(body),
+        "history": history,
+    }
+    if given.payload:
+        facts["body"] = body.decode(errors="backslashreplace")
+    if given.json:
+        print(json.dumps(facts, indent=2, default=str))
+        return options.EXIT_OK
+    for name, value in facts.items():
+        if value not in (None, [], ""):
+            print(f"{name:<12}{_lines(value)}")
+    return options.EXIT_OK
+
+
+def _lines(value: object) -> str:
+    if not isinstance(value, list):
+        return str(value)
+    return f"\n{'':12}".join(
+        " ".join(str(v) for v in each.values() if v is not None) if isinstance(each, dict) else each
+        for each in value
+    )
+
+
+async def _act(engine: AsyncEngine, schema: str, given: argparse.Namespace) -> int:
+    chosen = _filter(given, state="open")
+    if chosen == Filter():
+        raise ConfigurationError("name ids, or narrow them down by --listener, --reason, …")
+    if not given.yes and not await _agreed(engine, schema, chosen, given):
+        return options.EXIT_FAILED
+    by = given.by or _me()
+    done = await redrive.acted(
+        engine, schema, chosen, action=_DONE[given.action], by=by, note=given.note
+    )
+    print(f"{_DONE[given.action]} {done:,}")
+    return options.EXIT_OK
+
+
+async def _agreed(
+    engine: AsyncEngine, schema: str, chosen: Filter, given: argparse.Namespace
+) -> bool:
+    """Ask before more than the ids that were typed are acted on."""
+    if given.ids:
+        return True
+    number = await redrive.counted(engine, schema, chosen)
+    if not sys.stdin.isatty():
+        raise ConfigurationError(f"this would {given.action} {number:,}; add --yes to do it")
+    answer = input(f"{given.action} {number:,} dead letters? [y/N] ")  # noqa: ASYNC250 - alone
+    return answer.strip().lower() in {"y", "yes"}
+
+
+def _me() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
