@@ -136,7 +136,7 @@ async def _act(engine: AsyncEngine, schema: str, given: argparse.Namespace) -> i
         raise ConfigurationError("name ids, or narrow them down by --listener, --reason, …")
     if not given.yes and not await _agreed(engine, schema, chosen, given):
         return options.EXIT_FAILED
-    by = given.by or _me()
+    by = given.by or whoami()
     done = await redrive.acted(
         engine, schema, chosen, action=_DONE[given.action], by=by, note=given.note
     )
@@ -157,7 +157,8 @@ async def _agreed(
     return answer.strip().lower() in {"y", "yes"}
 
 
-def _me() -> str:
+def whoami() -> str:
+    """Return who runs the command, as it is kept with what is done."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name

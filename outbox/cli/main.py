@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from outbox.cli import contracts, dead, dev, logs, options, services, tables, verify
+from outbox.cli import contracts, dead, dev, logs, options, replay, services, tables, verify
 from outbox.cli.running import finish, report
 from outbox.errors import OutboxError
 from outbox.settings import Settings
@@ -34,6 +34,12 @@ _EACH = {
   outbox dead show 17 --payload
   outbox dead requeue 17 18 --note "mail server is back"
   outbox dead discard --reason rejected --older-than 7d --yes""",
+    ),
+    "replay": (
+        replay.show,
+        "take archived events once more",
+        """  outbox replay --since 2026-11-25T07:00Z --subject 'evt.order.>' --dry-run
+  outbox replay --key order-7 --to mailer-receipts""",
     ),
     "verify": (
         verify.show,
@@ -94,6 +100,7 @@ def _add_own(made: dict[str, argparse.ArgumentParser]) -> None:
         "--no-relay", action="store_true", help="run no relay for what the handlers add"
     )
     dead.add_arguments(made["dead"])
+    replay.add_arguments(made["replay"])
     verify.add_arguments(made["verify"])
     contracts.add_arguments(made["contracts"])
     made["run"].add_argument("object", metavar="MODULE:NAME")

@@ -274,7 +274,7 @@ class Flight:
                 self._bury(index, DeadReason.ID_REUSE, error, attempts=row.attempts)
             case Held.NOTHING:
                 suffix = self._suffix.get(index, row.republished) + 1
-                if suffix > REPUBLISHED_MAX:
+                if suffix - row.republished > REPUBLISHED_MAX:
                     raise BrokerUnavailable("the stream calls everything a duplicate")
                 self._suffix[index] = suffix
                 await self._send([index])

@@ -7,6 +7,7 @@ from urllib.parse import unquote, urlsplit
 
 SUBJECTS = ("evt.>", "cmd.>", "dlq.>")
 ANSWER_SECONDS = 10.0
+DELETING_MAX = 100  # tries, each a round trip
 
 
 def api(url: str, suffix: str, payload: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -65,4 +66,12 @@ def create_stream(url: str, name: str, **config: Any) -> None:
         "duplicate_window": 300 * 1_000_000_000,
         "num_replicas": 1,
     }
-    api(url, f"STREAM.CREATE.{name}", wanted | config)
+    for _ in range(DELETING_MAX):  # a stream of this name may not be wholly deleted yet
+        try:
+            api(url, f"STREAM.CREATE.{name}", wanted | config)
+        except RuntimeError as error:
+            if "error creating store" not in str(error):
+                raise
+        else:
+            return
+    raise RuntimeError(f"stream {name} cannot be created")
