@@ -36,6 +36,7 @@ from outbox.subjects import HEADER_KEY, is_key
 
 logger = logging.getLogger(__name__)
 BATCH = 500  # messages that are held by one statement, and places that are read by one
+SWEEP_SECONDS = 30.0
 COLLECT_LOOK = 0.2  # seconds between two looks at the consumer
 START = Place("", 0, None)
 _KEY = HEADER_KEY.lower()
@@ -60,10 +61,11 @@ class Ordered:
     lease: timedelta
     _queue: Queue = field(init=False)
     _cursor: Place = field(default=START, init=False)
-    _busy: set[str] = field(default_factory=set, init=False)  # keys with a head at work, or waiting
+    _busy: set[str | Place] = field(default_factory=set, init=False)  # turns at work, or waiting
     _later: list[tuple[float, int, Place]] = field(default_factory=list, init=False)  # a heap
     _order: int = field(default=0, init=False)
-    _skipped: set[str] = field(default_factory=set, init=False)  # busy keys that more was seen of
+    _skipped: set[str | Place] = field(default_factory=set, init=False)  # of them: more was seen
+    _swept: float = field(default=0.0, init=False)  # loop time
     _generation: int = field(default=-1, init=False)  # of the connection
     _failure: Exception | None = field(default=None, init=False)
     _work: asyncio.Event = field(default_factory=asyncio.Event, init=False)
@@ -120,6 +122,7 @@ class Ordered:
         self._skipped.clear()
         self._later.clear()
         self._failure = None
+        self._swept = asyncio.get_running_loop().time()
         self._generation = self.client.generation
         logger.info("active", extra={"listener": self.identity, "epoch": epoch})
         return True
@@ -242,20 +245,25 @@ class Ordered:
         return started
 
     async def _start_new(self, tasks: asyncio.TaskGroup) -> int:
-        """Start what stands behind the cursor, but for busy keys: their turn comes with the key."""
+        """Start what stands behind the cursor, but for busy keys: their turn comes with the key.
+
+        Now and then from the beginning: a message that was lost on its way comes late.
+        """
+        now = asyncio.get_running_loop().time()
+        if now - self._swept >= SWEEP_SECONDS:
+            self._swept, self._cursor = now, START
         async with self._transaction() as session:
             page = await self._queue.page(session, self._cursor, BATCH)
         for place in page:
-            if place.key is None or place.key not in self._busy:
-                await self._start(tasks, place)
+            if _turn(place) in self._busy:
+                self._skipped.add(_turn(place))
             else:
-                self._skipped.add(place.key)
+                await self._start(tasks, place)
             self._cursor = place
         return len(page)
 
     async def _start(self, tasks: asyncio.TaskGroup, place: Place) -> None:
-        if place.key is not None:
-            self._busy.add(place.key)
+        self._busy.add(_turn(place))
         await self._places.acquire()
         tasks.create_task(self._one(place), name=f"event {place.sequence}")
 
@@ -269,18 +277,16 @@ class Ordered:
 
     async def _one(self, place: Place) -> None:
         """Work a place, and the key's later ones after it, until the key waits or is empty."""
+        turn = _turn(place)
         try:
             while not self._is_over():
-                if place.key is not None:
-                    self._skipped.discard(place.key)
+                self._skipped.discard(turn)
                 async with self._transaction() as session:
                     found = await self._first(session, place)
                 if found is not None and not await self._worked(found):
-                    return  # its key stays busy
-                if place.key is None:
-                    return
-                if found is None and place.key not in self._skipped:
-                    self._busy.discard(place.key)
+                    return  # its turn stays busy
+                if found is None and turn not in self._skipped:
+                    self._busy.discard(turn)
                     return
         except (OutboxError, SQLAlchemyError, OSError) as error:
             self._failure = error
@@ -355,6 +361,11 @@ class _Answer:
         del message
         self.delay = delay
         await self._ordered.postpone(self._place, delay)
+
+
+def _turn(place: Place) -> str | Place:
+    """Return what is worked one at a time: a key, or an event without one."""
+    return place if place.key is None else place.key
 
 
 def _held(message: Message) -> Held:

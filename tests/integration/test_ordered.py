@@ -350,3 +350,35 @@ async def test_broker_that_is_killed_and_comes_back_keeps_the_order(
             await watch.until(Step.COMMITTED, 210, within=40)
     for key in range(3):
         assert await seen(engine, f"k{key}") == list(range(key, 210, 3))
+
+
+async def test_message_that_was_lost_on_its_way_is_found_when_it_comes_late(
+    engine: AsyncEngine,
+    sessionmaker: async_sessionmaker[AsyncSession],
+    js_client: JetStreamClient,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("outbox.listener.ordering.SWEEP_SECONDS", 0.5)
+    await send(js_client, [("k", 0), (None, 1), (None, 2), ("j", 3)])
+    watch = Watch()
+    async with Ordered(js_client, sessionmaker, settings=settings, observer=watch):
+        await watch.until(Step.ACKED, 4)
+        async with engine.begin() as connection:  # below what was worked already
+            sql = (
+                "INSERT INTO outbox.held (listener, created, sequence, key, subject, headers, body,"
+                " stored_at, epoch) VALUES ('warehouse-ordered', '', 1, 'late', :subject,"
+                " CAST('Outbox-Key: late' || chr(13) || chr(10) AS bytea), CAST(:body AS bytea),"
+                " now(), 1)"
+            )
+            body = {
+                "event_id": str(uuid4()),
+                "event_type": SUBJECT,
+                "source_service": "shop",
+                "timestamp": "2026-11-25T07:00:00Z",
+                "data": {"n": 9},
+            }
+            values = {"subject": SUBJECT, "body": json.dumps(body).encode()}
+            await connection.execute(text(sql), values)
+        await watch.until(Step.ACKED, 5)
+    assert await seen(engine, "late") == [9]
