@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from outbox.cli import contracts, dead, dev, logs, options, replay, services, tables, verify
+from outbox.cli import contracts, dead, dev, doctor, logs, options, replay, services, tables, verify
 from outbox.cli.running import finish, report
 from outbox.errors import OutboxError
 from outbox.settings import Settings
@@ -27,6 +27,11 @@ _EACH = {
     "demo": (dev.demo, "show exactly one effect per event", "  outbox demo"),
     "listen": (services.listen, "run listener classes", "  outbox listen app.events:SendMail"),
     "run": (services.run, "run workers of your own making", "  outbox run app.main:workers"),
+    "doctor": (
+        doctor.doctor,
+        "find what could break the promise, and what mends it",
+        "  outbox doctor --json     exit 1 when something breaks it",
+    ),
     "dead": (
         dead.dead,
         "list, show, requeue and discard dead letters",
@@ -99,6 +104,7 @@ def _add_own(made: dict[str, argparse.ArgumentParser]) -> None:
     made["listen"].add_argument(
         "--no-relay", action="store_true", help="run no relay for what the handlers add"
     )
+    made["doctor"].add_argument("--json", action="store_true", help="print JSON")
     dead.add_arguments(made["dead"])
     replay.add_arguments(made["replay"])
     verify.add_arguments(made["verify"])

@@ -144,6 +144,12 @@ class JetStreamClient:
         return self._js
 
     @property
+    def server_version(self) -> tuple[int, int, int]:
+        """Version of the server that it is connected to."""
+        found = self.client.connected_server_version
+        return found.major, found.minor, found.patch
+
+    @property
     def is_connected(self) -> bool:
         """True while the connection is open and something reads from it."""
         current = self._nats

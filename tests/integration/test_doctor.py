@@ -1,0 +1,238 @@
+"""`outbox doctor` finds what a test has broken, and nothing where nothing is."""
+
+import json
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import make_url, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from outbox import JetStreamClient, Settings
+from outbox.cli.main import main
+from outbox.jetstream import provisioning
+from outbox.operate import doctor
+from outbox.operate.doctor import Finding, Severity, examine
+
+HOUR = 3_600_000_000_000
+
+
+@pytest.fixture
+async def healthy(js_client: JetStreamClient, stream: str) -> Settings:
+    """Settings with a stream that fits them."""
+    await change(js_client, stream, max_age=24 * HOUR)
+    return Settings.defaults(stream=stream)
+
+
+async def change(client: JetStreamClient, stream: str, **changed: Any) -> None:
+    config = (await client.get_stream_info(stream))["config"]
+    await client.api(f"STREAM.UPDATE.{stream}", config | changed)
+
+
+async def sql(engine: AsyncEngine, *statements: str) -> None:
+    async with engine.connect() as connection:
+        autocommit = await connection.execution_options(isolation_level="AUTOCOMMIT")
+        for each in statements:
+            await autocommit.execute(text(each))
+
+
+def told(found: list[Finding], severity: Severity | None = None) -> list[str]:
+    return [each.what for each in found if severity in {None, each.severity}]
+
+
+async def test_nothing_is_found_where_nothing_is_broken(
+    engine: AsyncEngine, js_client: JetStreamClient, healthy: Settings
+) -> None:
+    found = await examine(engine, js_client, healthy)
+    assert [each for each in found if "fsync" not in each.what] == []  # the tests' own server
+
+
+@pytest.mark.parametrize(
+    ("statement", "what", "severity"),
+    [
+        ("ALTER TABLE outbox.inbox SET UNLOGGED", "table inbox is UNLOGGED", Severity.ERROR),
+        (
+            "ALTER DATABASE {name} SET synchronous_commit = off",
+            "synchronous_commit is off",
+            Severity.NOTE,
+        ),
+    ],
+)
+async def test_database_findings(
+    engine: AsyncEngine,
+    database_url: str,
+    js_client: JetStreamClient,
+    healthy: Settings,
+    statement: str,
+    what: str,
+    severity: Severity,
+) -> None:
+    await sql(engine, statement.format(name=make_url(database_url).database))
+    fresh = create_async_engine(database_url, poolclass=NullPool)
+    found = await examine(fresh, js_client, healthy)
+    assert what in told(found, severity)
+    (finding,) = [each for each in found if each.what == what]
+    assert finding.why
+    assert finding.mend.startswith("ALTER")
+
+
+async def test_long_transactions_are_named_by_pid_and_application(
+    engine: AsyncEngine, database_url: str, js_client: JetStreamClient, healthy: Settings
+) -> None:
+    named = make_url(database_url)
+    holder = create_async_engine(
+        named, connect_args={"server_settings": {"application_name": "reporting"}}
+    )
+    async with holder.connect() as connection:
+        await connection.execute(text("SELECT pg_current_xact_id()"))
+        pid = await connection.scalar(text("SELECT pg_backend_pid()"))
+        found = await examine(engine, js_client, healthy, held_since=timedelta(0))
+        (finding,) = [each for each in found if "reporting" in each.what]
+        assert f"session {pid} (reporting)" in finding.what
+        assert finding.mend == f"SELECT pg_terminate_backend({pid})"
+    await holder.dispose()
+
+
+async def test_role_without_privileges_is_told_what_it_lacks(
+    engine: AsyncEngine, database_url: str, js_client: JetStreamClient, healthy: Settings
+) -> None:
+    role = f"poor_{make_url(database_url).database}"
+    await sql(
+        engine,
+        f"CREATE ROLE {role} LOGIN PASSWORD '{role}'",
+        f"GRANT USAGE ON SCHEMA outbox TO {role}",
+        f"GRANT SELECT ON ALL TABLES IN SCHEMA outbox TO {role}",
+    )
+    poor = create_async_engine(
+        make_url(database_url).set(username=role, password=role), poolclass=NullPool
+    )
+    try:
+        (finding,) = [
+            each for each in await examine(poor, js_client, healthy) if "lacks" in each.what
+        ]
+        assert "DELETE ON pending" in finding.what
+        assert "SELECT ON pending" not in finding.what
+    finally:
+        await sql(engine, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+
+
+@pytest.mark.parametrize(
+    ("changed", "what", "severity"),
+    [
+        (
+            {"discard": "old", "max_msgs": 1000},
+            "discards old messages at max_msgs",
+            Severity.ERROR,
+        ),
+        ({"duplicate_window": 30_000_000_000}, "forgets duplicates after 30 s", Severity.WARNING),
+        ({"max_age": 240 * HOUR}, "the inbox forgets before stream", Severity.ERROR),
+        ({"max_age": 0}, "keeps messages for ever", Severity.WARNING),
+        ({"subjects": ["evt.>"]}, "does not take cmd.>", Severity.ERROR),
+    ],
+)
+async def test_stream_findings_and_that_their_mend_mends(
+    engine: AsyncEngine,
+    js_client: JetStreamClient,
+    stream: str,
+    healthy: Settings,
+    changed: dict[str, Any],
+    what: str,
+    severity: Severity,
+) -> None:
+    before = (await js_client.get_stream_info(stream))["config"]
+    await js_client.api(f"STREAM.UPDATE.{stream}", before | changed)
+    (finding,) = [each for each in await examine(engine, js_client, healthy) if what in each.what]
+    assert finding.severity is severity
+    assert finding.mend.startswith((f"nats stream edit {stream} --", "OUTBOX_INBOX_RETENTION="))
+    await js_client.api(f"STREAM.UPDATE.{stream}", before)
+    assert not [each for each in await examine(engine, js_client, healthy) if what in each.what]
+
+
+async def test_missing_stream_and_stream_in_memory(
+    engine: AsyncEngine, js_client: JetStreamClient, stream: str, healthy: Settings
+) -> None:
+    await js_client.delete_stream(stream)
+    found = await examine(engine, js_client, healthy)
+    assert f"stream {stream} does not exist" in told(found, Severity.ERROR)
+    await js_client.ensure_stream(stream, ["evt.>", "cmd.>", "dlq.>"], storage="memory")
+    found = await examine(engine, js_client, healthy)
+    assert f"stream {stream} is in memory" in told(found, Severity.ERROR)
+
+
+async def test_consumers_of_listeners_that_have_handled_something_are_looked_at(
+    engine: AsyncEngine, js_client: JetStreamClient, stream: str, healthy: Settings
+) -> None:
+    await sql(
+        engine,
+        "INSERT INTO outbox.inbox (listener, event_id) VALUES ('mail-old', gen_random_uuid()),"
+        " ('mail-gap', gen_random_uuid()), ('mail-gone', gen_random_uuid())",
+    )
+    config = {"durable_name": "mail-old", "ack_policy": "explicit", "max_deliver": 5}
+    await js_client.api(
+        f"CONSUMER.CREATE.{stream}.mail-old", {"stream_name": stream, "config": config}
+    )
+    await provisioning.ensure_consumer(
+        js_client,
+        stream=stream,
+        durable="mail-gap",
+        filter_subject="evt.>",
+        ack_wait=timedelta(seconds=30),
+        max_ack_pending=100,
+    )
+    for n in range(5):
+        await js_client.js.publish("evt.a.v1", str(n).encode())
+    pulled = await js_client.js.pull_subscribe_bind("mail-gap", stream)
+    (message,) = await pulled.fetch(1)
+    await message.ack_sync()
+    await change(js_client, stream, discard="old", max_msgs=2)
+    await pulled.unsubscribe()
+    found = await examine(engine, js_client, healthy)
+    errors = told(found, Severity.ERROR)
+    assert "consumer mail-old gives up after 5 deliveries" in errors
+    assert any("messages left the stream before mail-gap had read them" in each for each in errors)
+
+
+@pytest.mark.parametrize(
+    ("version", "old"),
+    [
+        ((2, 10, 29), True),
+        ((2, 11, 15), True),
+        ((2, 11, 16), False),
+        ((2, 12, 6), True),
+        ((2, 12, 7), False),
+        ((2, 14, 0), False),
+        ((2, 15, 1), False),
+    ],
+)
+def test_servers_that_lose_messages_are_known(version: tuple[int, int, int], *, old: bool) -> None:
+    assert bool(list(doctor._of_version(version))) is old
+
+
+def test_pool_that_changes_its_backend_is_found() -> None:
+    assert not list(doctor._of_pool(1))
+    (finding,) = doctor._of_pool(3)
+    assert finding.severity is Severity.ERROR
+
+
+def test_command_exits_by_the_worst_finding(
+    database_url: str,
+    nats_server: str,
+    healthy: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("OUTBOX_DATABASE_URL", database_url)
+    monkeypatch.setenv("OUTBOX_NATS_URL", nats_server)
+    monkeypatch.setenv("OUTBOX_STREAM", "ABSENT")
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "stream ABSENT does not exist" in out
+    assert "mend: nats stream add ABSENT" in out
+    assert main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found[0].keys() == {"severity", "what", "why", "mend"}
+    monkeypatch.setenv("OUTBOX_STREAM", healthy.stream)
+    monkeypatch.setattr(doctor, "_of_server", lambda *_: [])  # the tests' own runs without fsync
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out == "nothing breaks the promise\n"
