@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable
 from datetime import timedelta
+from enum import StrEnum
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -51,6 +52,13 @@ def _seconds(value: object) -> object:
 
 Duration = Annotated[timedelta, BeforeValidator(_seconds)]
 Listed = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_commas)]
+
+
+class OnDead(StrEnum):
+    """What becomes of the later events of a key when one of them is given up."""
+
+    CONTINUE = "continue"  # they go on without it
+    PARK_KEY = "park_key"  # they wait until a person has requeued or discarded it
 
 
 class Settings(BaseSettings):
@@ -108,6 +116,10 @@ class Settings(BaseSettings):
     )
     publish_attempts_max: int = Field(
         3, ge=1, le=100, description="refusals of one event before it becomes a dead letter"
+    )
+    on_dead: OnDead = Field(
+        OnDead.CONTINUE,
+        description="later events of a dead one's key: 'continue' or 'park_key' (wait behind it)",
     )
     archive_retention: Duration | None = Field(
         timedelta(hours=24),

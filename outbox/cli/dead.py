@@ -89,6 +89,8 @@ async def _list(engine: AsyncEngine, schema: str, given: argparse.Namespace) -> 
         when = each.failed_at.strftime("%Y-%m-%d %H:%M:%S")
         print(f"{each.id:>6}  {when}  {who}  {each.subject}  {each.event_id}{state}")
         print(f"{'':>8}{each.reason} after {each.attempts}: {_short(each.error)}")
+        if each.parks and each.state in {"open", "requeued"}:
+            print(f"{'':>8}later events of key {each.key} wait behind it")
     print(f"{len(found):,} dead letters")
     return options.EXIT_OK
 

@@ -19,12 +19,13 @@ from outbox.jetstream.pulling import Message
 from outbox.listener.attempt import DATABASE_SECONDS
 from outbox.postgres import attempts, dead_letters, inbox
 from outbox.postgres.dead_letters import DeadLetter
-from outbox.subjects import HEADER_ORIGINAL_SUBJECT, dead_letter_subject
+from outbox.subjects import HEADER_KEY, HEADER_ORIGINAL_SUBJECT, dead_letter_subject, is_key
 from outbox.writer import PendingEvent, enqueue
 
 BODY_BYTES_MAX = 64 * 1024  # of the original, in the `dlq.` event; the row keeps all
 _NAMESPACE = UUID("7c0e5b6a-57a4-5d1f-9a62-0f6f4f0d5a11")
 _DEAD_LETTER = "dlq."
+_KEY = HEADER_KEY.lower()
 _SUBJECT = re.compile(r"[A-Za-z0-9_.-]{1,255}")
 SUBJECTS_MAX = 1000  # remembered; a wildcard may match any number
 
@@ -55,6 +56,7 @@ class Undertaker:
     schema: str
     listener: str
     service: str
+    parks: bool  # a key's later events wait until a person has decided
     _captured: dict[str, bool]
 
     async def bury(self, given: GivenUp) -> bool:
@@ -117,6 +119,7 @@ class Undertaker:
             attempts=given.attempts,
             created_at=given.created_at,
             discarded=given.discarded,
+            parks=self.parks and given.event_key is not None and not given.discarded,
         )
 
     def _event(self, given: GivenUp, subject: str, number: int) -> PendingEvent:
@@ -147,6 +150,12 @@ class Undertaker:
         )
         headers = encode_headers({HEADER_ORIGINAL_SUBJECT: ascii(given.message.subject)[1:-1]})
         return PendingEvent(str(event_id), None, subject, headers, finished, None)
+
+
+def header_key(message: Message) -> str | None:
+    """Return the key that a message's header names, None without one that is valid."""
+    key = next((v for name, v in message.headers.items() if name.lower() == _KEY), None)
+    return key if key is not None and is_key(key) else None
 
 
 def header_bytes(headers: Mapping[str, str]) -> bytes:

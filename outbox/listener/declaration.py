@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from outbox.registry import registry
+from outbox.settings import OnDead
 
 _GROUP = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TOKEN = r"(?:[A-Za-z0-9_-]+|\*)"  # noqa: S105 - of a subject
@@ -16,7 +17,6 @@ _TEXTS = frozenset({"subject", "queue_group", "service_name", "stream_name"})
 _DURATIONS = frozenset({"timeout", "ack_wait"})
 _COUNTS = frozenset({"max_attempts", "max_deliver", "concurrency", "batch_size"})
 _REQUIRED = ("subject", "queue_group")
-_ANNOTATION_ONLY = frozenset({"on_dead"})
 
 
 def check(cls: type, *, handler: str) -> None:
@@ -35,6 +35,8 @@ def check(cls: type, *, handler: str) -> None:
         setattr(cls, "max_attempts", cls.max_deliver)  # type: ignore[attr-defined]  # noqa: B010
     for name in _DURATIONS & vars(cls).keys():
         setattr(cls, name, duration(getattr(cls, name)))
+    if getattr(cls, "on_dead", None) == OnDead.PARK_KEY and not getattr(cls, "ordered", False):
+        raise TypeError(f"{cls.__name__}.on_dead = 'park_key' needs ordered = True")
     if not any(handler in vars(base) for base in cls.__mro__[: _depth(cls, handler)]):
         return
     for name in _REQUIRED:
@@ -60,8 +62,11 @@ def _check_one(cls: type, name: str, value: object) -> None:
     elif name == "ordered":
         if not isinstance(value, bool):
             raise TypeError(f"{where} must be True or False, not {value!r}")
+    elif name == "on_dead":
+        if value not in set(OnDead):
+            raise TypeError(f"{where} must be 'continue' or 'park_key', not {value!r}")
     else:
-        known = ", ".join(sorted(_TEXTS | _DURATIONS | _COUNTS | {"ordered"}))
+        known = ", ".join(sorted(_TEXTS | _DURATIONS | _COUNTS | {"ordered", "on_dead"}))
         raise TypeError(
             f"{where} is not an attribute of listeners ({known}); "
             "begin the name with an underscore to keep your own"

@@ -39,7 +39,7 @@ from outbox.errors import (
 )
 from outbox.jetstream.pulling import Message, Puller
 from outbox.listener.attempt import DATABASE_SECONDS, Attempt, ConnectionLost, InHand, Work
-from outbox.listener.dead import GivenUp, Undertaker
+from outbox.listener.dead import GivenUp, Undertaker, header_key
 from outbox.listener.guard import TransactionEscaped
 from outbox.listener.outage import Outage
 from outbox.postgres import attempts
@@ -422,7 +422,8 @@ class Handling:
             message.timestamp.isoformat(),
             message.body,
         )
-        given = GivenUp(message, key, None, None, str(error.reason), error.detail, 1)
+        unread = header_key(message)
+        given = GivenUp(message, key, None, unread, str(error.reason), error.detail, 1)
         await self._bury(puller, message, given)
 
     async def _bury(self, puller: Puller, message: Message, given: GivenUp) -> None:

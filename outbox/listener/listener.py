@@ -37,7 +37,7 @@ from outbox.listener.ordering import BATCH, Ordered
 from outbox.listener.outage import Outage
 from outbox.listener.redriving import Redriving
 from outbox.postgres import schema
-from outbox.settings import Settings
+from outbox.settings import OnDead, Settings
 from outbox.telemetry import Observer, Step
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class Listener(Worker, Generic[P_co]):
     ack_wait: ClassVar[timedelta | float] = timedelta(seconds=30)
     concurrency: ClassVar[int] = 8
     ordered: ClassVar[bool] = False
+    on_dead: ClassVar[str] = OnDead.CONTINUE
     _handler: ClassVar[str] = "on_message"
     _payload: ClassVar[Any] = None
     _adapter: ClassVar[TypeAdapter[Any] | None] = None
@@ -122,7 +123,13 @@ class Listener(Worker, Generic[P_co]):
                 self.observer,
             ),
             undertaker=Undertaker(
-                self.client, self.sessionmaker, schema_name, self.identity, self.service, {}
+                self.client,
+                self.sessionmaker,
+                schema_name,
+                self.identity,
+                self.service,
+                self.on_dead == OnDead.PARK_KEY,
+                {},
             ),
             outage=self._outage,
             handle=self._handle_all,

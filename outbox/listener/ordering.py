@@ -28,18 +28,17 @@ from outbox.jetstream import provisioning
 from outbox.jetstream.client import JetStreamClient
 from outbox.jetstream.pulling import ConsumerGone, Message, Puller
 from outbox.listener.attempt import DATABASE_SECONDS, InHand
-from outbox.listener.dead import header_bytes
+from outbox.listener.dead import header_bytes, header_key
 from outbox.listener.handling import Handling
 from outbox.postgres.dead_letters import printable
 from outbox.postgres.ordering import Held, Place, Queue
-from outbox.subjects import HEADER_KEY, is_key
 
 logger = logging.getLogger(__name__)
 BATCH = 500  # messages that are held by one statement, and places that are read by one
 SWEEP_SECONDS = 30.0
 COLLECT_LOOK = 0.2  # seconds between two looks at the consumer
+PARKED_LOOK = 1.0  # seconds between two looks at whether a person has decided
 START = Place("", 0, None)
-_KEY = HEADER_KEY.lower()
 
 
 class LeaseLost(Exception):  # noqa: N818 - a state; handled inside the listener
@@ -65,6 +64,8 @@ class Ordered:
     _later: list[tuple[float, int, Place]] = field(default_factory=list, init=False)  # a heap
     _order: int = field(default=0, init=False)
     _skipped: set[str | Place] = field(default_factory=set, init=False)  # of them: more was seen
+    _parked: dict[str, Place] = field(default_factory=dict, init=False)  # key: its first event
+    _looked: float = field(default=0.0, init=False)  # at them, loop time
     _swept: float = field(default=0.0, init=False)  # loop time
     _generation: int = field(default=-1, init=False)  # of the connection
     _failure: Exception | None = field(default=None, init=False)
@@ -121,6 +122,7 @@ class Ordered:
         self._busy.clear()
         self._skipped.clear()
         self._later.clear()
+        self._parked.clear()
         self._failure = None
         self._swept = asyncio.get_running_loop().time()
         self._generation = self.client.generation
@@ -203,6 +205,7 @@ class Ordered:
         """Start what may be worked now; rest when that is nothing."""
         self._work.clear()
         started = await self._start_due(tasks)
+        started += await self._start_released(tasks)
         started += await self._start_new(tasks)
         if not started:
             await self._rest()
@@ -243,6 +246,19 @@ class Ordered:
             await self._start(tasks, place)
             started += 1
         return started
+
+    async def _start_released(self, tasks: asyncio.TaskGroup) -> int:
+        """Start the keys whose dead letter was handled or discarded."""
+        now = asyncio.get_running_loop().time()
+        if not self._parked or now - self._looked < PARKED_LOOK:
+            return 0
+        self._looked = now
+        async with self._transaction() as session:
+            still = await self._queue.parked(session, self._parked)
+        released = [self._parked.pop(key) for key in self._parked.keys() - still]
+        for place in released:
+            await self._start(tasks, place)
+        return len(released)
 
     async def _start_new(self, tasks: asyncio.TaskGroup) -> int:
         """Start what stands behind the cursor, but for busy keys: their turn comes with the key.
@@ -295,7 +311,10 @@ class Ordered:
             self._work.set()
 
     async def _worked(self, found: Held) -> bool:
-        """Have the event handled; return False when it waits for its next try."""
+        """Have the event handled; return False when it waits: for its next try, or a person."""
+        if found.parked and found.key is not None:
+            self._parked[found.key] = found.place
+            return False
         answer = _Answer(self, found.place)
         if found.due_seconds > 0:
             answer.delay = timedelta(seconds=float(found.due_seconds))
@@ -373,11 +392,10 @@ def _held(message: Message) -> Held:
 
     The event then fails as it would by itself: its type is not the subject.
     """
-    key = next((v for name, v in message.headers.items() if name.lower() == _KEY), None)
     return Held(
         "",
         message.sequence,
-        key if key is not None and is_key(key) else None,
+        header_key(message),
         printable(message.subject),
         header_bytes(message.headers),
         message.body,
@@ -385,4 +403,5 @@ def _held(message: Message) -> Held:
         0,
         0,
         0.0,
+        parked=False,
     )

@@ -29,15 +29,16 @@ class DeadLetter:
     attempts: int
     created_at: datetime | None
     discarded: bool
+    parks: bool = False  # later events of its key wait behind it
 
 
 INSERT = """
 INSERT INTO {schema}.dead_letter (side, listener, event_id, event_text, subject, key, headers,
-  body, stream, sequence, reason, error, attempts, created_at, state, state_at, state_by)
+  body, stream, sequence, reason, error, attempts, created_at, parks, state, state_at, state_by)
 VALUES ('listener', CAST(:listener AS text), CAST(:event_id AS uuid), CAST(:event_text AS text),
   CAST(:subject AS text), CAST(:key AS text), CAST(:headers AS bytea), CAST(:body AS bytea),
   CAST(:stream AS text), CAST(:sequence AS int8), CAST(:reason AS text), CAST(:error AS text),
-  CAST(:attempts AS int), CAST(:created_at AS timestamptz),
+  CAST(:attempts AS int), CAST(:created_at AS timestamptz), CAST(:parks AS boolean),
   CASE WHEN CAST(:discarded AS boolean) THEN 'discarded' ELSE 'open' END,
   CASE WHEN CAST(:discarded AS boolean) THEN now() END,
   CASE WHEN CAST(:discarded AS boolean) THEN CAST(:listener AS text) END)
@@ -69,6 +70,7 @@ async def insert(session: AsyncSession, schema: str, letter: DeadLetter) -> int:
         "attempts": letter.attempts,
         "created_at": letter.created_at,
         "discarded": letter.discarded,
+        "parks": letter.parks,
     }
     found = await session.execute(statement(schema, INSERT), values)
     return int(found.scalar_one())

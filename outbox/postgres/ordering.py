@@ -1,6 +1,6 @@
 """The durable queue of an ordered listener, and the lease on working it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
@@ -55,12 +55,19 @@ WHERE listener = CAST(:listener AS text)
   AND (created, sequence) > (CAST(:created AS text), CAST(:sequence AS int8))
 ORDER BY created, sequence LIMIT CAST(:rows_max AS int)
 """
-_ROW = """
+_PARKS = """d.listener = CAST(:listener AS text) AND d.parks
+  AND d.state IN ('open', 'requeued')"""
+_ROW = f"""
 SELECT created, sequence, key, subject, headers, body, stored_at, epoch, delivered,
-       greatest(extract(epoch FROM due_at - clock_timestamp()), 0)
-FROM {schema}.held WHERE listener = CAST(:listener AS text) """
+       greatest(extract(epoch FROM due_at - clock_timestamp()), 0),
+       EXISTS (SELECT 1 FROM {{schema}}.dead_letter AS d WHERE d.key = h.key AND {_PARKS})
+FROM {{schema}}.held AS h WHERE listener = CAST(:listener AS text) """  # noqa: S608 - no value is built in
 ROW = _ROW + "AND created = CAST(:created AS text) AND sequence = CAST(:sequence AS int8)"
 NEXT = _ROW + "AND key = CAST(:key AS text) ORDER BY created, sequence LIMIT 1"
+PARKED = f"""
+SELECT DISTINCT d.key FROM {{schema}}.dead_letter AS d
+WHERE d.key = ANY(CAST(:keys AS text[])) AND {_PARKS}
+"""  # noqa: S608 - as above
 DONE = """
 DELETE FROM {schema}.held WHERE listener = CAST(:listener AS text)
   AND created = CAST(:created AS text) AND sequence = CAST(:sequence AS int8)
@@ -94,6 +101,7 @@ class Held(NamedTuple):
     epoch: int
     delivered: int
     due_seconds: float  # until its next try
+    parked: bool  # behind a dead letter of its key
 
     @property
     def place(self) -> Place:
@@ -157,6 +165,11 @@ class Queue:
         found = await session.execute(self._sql(NEXT), self._own | {"key": key})
         row = found.one_or_none()
         return None if row is None else Held(*row)
+
+    async def parked(self, session: AsyncSession, keys: Collection[str]) -> set[str]:
+        """Return those of `keys` whose events wait behind a dead letter."""
+        found = await session.scalars(self._sql(PARKED), self._own | {"keys": list(keys)})
+        return set(found)
 
     async def done(self, session: AsyncSession, place: Place) -> None:
         """Delete an event that is finished with."""

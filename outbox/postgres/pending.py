@@ -122,9 +122,9 @@ WITH {fence}, moved AS (
   RETURNING id, event_id, key, subject, headers, body, created_at
 ), kept AS (
   INSERT INTO {schema}.dead_letter (side, event_id, subject, key, headers, body, reason, error,
-                                    attempts, created_at)
+                                    attempts, created_at, position, parks)
   SELECT 'relay', m.event_id, m.subject, m.key, m.headers, m.body, d.reason, d.error, d.attempts,
-         m.created_at
+         m.created_at, m.id, $8::boolean AND m.key IS NOT NULL
   FROM moved AS m JOIN unnest($4::int8[], $5::text[], $6::text[], $7::int4[])
        AS d(id, reason, error, attempts) ON d.id = m.id
   RETURNING 1
@@ -210,9 +210,19 @@ async def move_to_waiting(driver: Driver, schema: str, fence: Fence, waits: Sequ
 
 
 async def move_to_dead_letters(
-    driver: Driver, schema: str, fence: Fence, dead: Sequence[Dead], *, source: str = "pending"
+    driver: Driver,
+    schema: str,
+    fence: Fence,
+    dead: Sequence[Dead],
+    *,
+    parks: bool,
+    source: str = "pending",
 ) -> bool:
-    """Move rows that can never be published to `dead_letter`; False when the lane is lost."""
+    """Move rows that can never be published to `dead_letter`; False when the lane is lost.
+
+    Args:
+        parks: later rows of their keys wait until a person has decided.
+    """
     with translated():
         row = await driver.fetchrow(
             raw(schema, _from(MOVE_TO_DEAD_LETTERS, source)),
@@ -221,6 +231,7 @@ async def move_to_dead_letters(
             [each.reason for each in dead],
             [each.error for each in dead],
             [each.attempts for each in dead],
+            parks,
             timeout=STATEMENT_SECONDS,
         )
     return row is not None and row[0] == 1

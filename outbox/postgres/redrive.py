@@ -45,6 +45,7 @@ class Letter(NamedTuple):
     sequence: int | None
     state_at: datetime | None
     state_by: str | None
+    parks: bool  # later events of its key wait behind it
 
 
 class Requeued(NamedTuple):
@@ -72,7 +73,7 @@ WHERE (CAST(:ids AS int8[]) IS NULL OR id = ANY(CAST(:ids AS int8[])))
 """
 LIST = f"""
 SELECT id, side, CAST(event_id AS text), subject, listener, reason, attempts, failed_at, state,
-       error, key, stream, sequence, state_at, state_by
+       error, key, stream, sequence, state_at, state_by, parks
 FROM {{schema}}.dead_letter {_WHERE}  AND id > :after ORDER BY id LIMIT :rows_max
 """  # noqa: S608 - no value is built in
 COUNT = f"SELECT count(*) FROM {{schema}}.dead_letter {_WHERE}"  # noqa: S608 - as above
@@ -94,12 +95,15 @@ WITH changed AS (
 INSERT INTO {schema}.dead_letter_action (dead_letter_id, action, by, note)
 SELECT id, CAST(:action AS text), CAST(:by AS text), CAST(:note AS text) FROM changed
 """
-# A new id: the old one is not known, and later ones of the key may have been published.
+# A parked key's head takes its place again, before its followers. Of other keys later ones may
+# have been published, so it comes last.
 PUBLISH_AGAIN = """
 INSERT INTO {schema}.waiting (id, event_id, slot, key, subject, headers, body, created_at, reason,
                               attempts, due_at, republished)
-SELECT nextval(pg_get_serial_sequence('{schema}.pending', 'id')), d.event_id, c.slot, d.key,
-       d.subject, d.headers, d.body, coalesce(d.created_at, d.failed_at), 'requeued', 0,
+SELECT CASE WHEN d.parks THEN d.position
+            ELSE nextval(pg_get_serial_sequence('{schema}.pending', 'id')) END,
+       d.event_id, c.slot, d.key, d.subject, d.headers, d.body,
+       coalesce(d.created_at, d.failed_at), CASE WHEN d.parks THEN 'failed' ELSE 'requeued' END, 0,
        clock_timestamp(), 0
 FROM unnest(CAST(:relayed AS int8[]), CAST(:slots AS int2[])) AS c(id, slot)
 JOIN {schema}.dead_letter AS d ON d.id = c.id ORDER BY d.id

@@ -134,8 +134,9 @@ def metadata(schema: str = "outbox") -> MetaData:
         Column("state", Text, nullable=False, server_default=text("'open'")),
         Column("state_at", _Time),
         Column("state_by", Text),
-        # of the relay: later events of its key stay behind it while it is open
+        # later events of its key stay behind it until a person has decided
         Column("parks", Boolean, nullable=False, server_default=text("false")),
+        Column("position", BigInteger),  # of the relay: its id in the outbox
         PrimaryKeyConstraint("id", name="dead_letter_pkey"),
         CheckConstraint("side IN ('relay', 'listener')", name="dead_letter_side"),
         CheckConstraint(
@@ -145,8 +146,10 @@ def metadata(schema: str = "outbox") -> MetaData:
         Index(  # dead_letters.requeued
             "dead_letter_requeued", "listener", "id", postgresql_where=text("state = 'requeued'")
         ),
-        Index(  # waiting.blocked_keys
-            "dead_letter_parked", "key", postgresql_where=text("parks AND state = 'open'")
+        Index(  # waiting.blocked_keys, ordering.ROW
+            "dead_letter_parked",
+            "key",
+            postgresql_where=text("parks AND state IN ('open', 'requeued')"),
         ),
     )
     Table(

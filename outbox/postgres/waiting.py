@@ -1,10 +1,12 @@
 """Rows that must wait: failed ones, followers of a blocked key, scheduled ones.
 
-A key is blocked while a row of it is here as `failed` or `blocked`. Followers have no due time:
-they are read by key once their head has left, so a key with many of them costs the others nothing.
+A key is blocked while a row of it is here as `failed` or `blocked`, or while a dead letter of it
+parks the others. Followers have no due time: they are read by key once their head has left, so a
+key with many of them costs the others nothing.
 """
 
 from collections.abc import Collection, Sequence
+from enum import StrEnum
 from typing import NamedTuple
 
 from outbox.postgres.driver import STATEMENT_SECONDS, Driver, translated
@@ -24,12 +26,24 @@ FROM (
 """
 DUE = _PAGE.replace("{condition}", "due_at <= now()")
 FOLLOWERS = _PAGE.replace("{condition}", "key = ANY($3::text[]) AND reason = 'blocked'")
-# Keys with a row that holds the others up, and whether a failed one is among them.
+# Keys with a row that holds the others up, and what their head is.
 BLOCKED = """
-SELECT key, bool_or(reason = 'failed') FROM {schema}.waiting
-WHERE key IS NOT NULL AND reason IN ('failed', 'blocked')
-  AND ($1::text[] IS NULL OR key = ANY($1::text[]))
-GROUP BY key
+SELECT key, CASE WHEN bool_or(head = 'dead') THEN 'dead' WHEN bool_or(head = 'failed') THEN 'failed'
+                 ELSE 'none' END
+FROM (
+  SELECT key, CASE reason WHEN 'failed' THEN 'failed' ELSE 'none' END AS head
+  FROM {schema}.waiting
+  WHERE key IS NOT NULL AND reason IN ('failed', 'blocked')
+    AND ($1::text[] IS NULL OR key = ANY($1::text[]))
+  UNION ALL
+  SELECT key, 'dead' FROM {schema}.dead_letter
+  WHERE parks AND state = 'open' AND side = 'relay'
+    AND ($1::text[] IS NULL OR key = ANY($1::text[]))
+) AS heads GROUP BY key
+"""
+PARKED = """
+SELECT DISTINCT key FROM {schema}.dead_letter
+WHERE parks AND state = 'open' AND side = 'relay' AND key = ANY($1::text[])
 """
 POSTPONE = """
 WITH {fence}, changed AS (
@@ -47,9 +61,20 @@ SELECT count(*) FILTER (WHERE due_at <= now()),
        count(*) FILTER (WHERE reason = 'scheduled' AND due_at > now()),
        count(*) FILTER (WHERE reason <> 'scheduled' AND due_at > now()),
        EXISTS (SELECT 1 FROM {schema}.waiting AS b WHERE b.reason = 'blocked' AND NOT EXISTS (
-         SELECT 1 FROM {schema}.waiting AS f WHERE f.key = b.key AND f.reason = 'failed'))
+         SELECT 1 FROM {schema}.waiting AS f WHERE f.key = b.key AND f.reason = 'failed')
+       AND NOT EXISTS (
+         SELECT 1 FROM {schema}.dead_letter AS d
+         WHERE d.key = b.key AND d.parks AND d.state = 'open' AND d.side = 'relay'))
 FROM (SELECT due_at, reason FROM {schema}.waiting LIMIT 100000) AS w
 """
+
+
+class Head(StrEnum):
+    """What the followers of a blocked key wait for."""
+
+    NONE = "none"  # it has left: they go next
+    FAILED = "failed"  # its next try
+    DEAD = "dead"  # a person: it was given up, and parks them
 
 
 class Counts(NamedTuple):
@@ -81,13 +106,20 @@ async def followers(
 
 async def blocked_keys(
     driver: Driver, schema: str, keys: Collection[str] | None = None
-) -> dict[str, bool]:
-    """Return the blocked keys (of `keys`, or all), each with whether a failed row is its head."""
+) -> dict[str, Head]:
+    """Return the blocked keys (of `keys`, or all), each with its head."""
     with translated():
         found = await driver.fetch(
             raw(schema, BLOCKED), None if keys is None else list(keys), timeout=STATEMENT_SECONDS
         )
-    return {str(key): bool(failed) for key, failed in found}
+    return {str(key): Head(head) for key, head in found}
+
+
+async def parked_keys(driver: Driver, schema: str, keys: Collection[str]) -> set[str]:
+    """Return those of `keys` whose followers are parked behind an open dead letter."""
+    with translated():
+        found = await driver.fetch(raw(schema, PARKED), list(keys), timeout=STATEMENT_SECONDS)
+    return {str(row[0]) for row in found}
 
 
 async def postpone(driver: Driver, schema: str, fence: Fence, waits: Sequence[Wait]) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from outbox.postgres import waiting
 from outbox.postgres.driver import Driver
 from outbox.postgres.pending import Row
+from outbox.postgres.waiting import Head
 from outbox.relay.page import Page, State
 from outbox.settings import Settings
 
@@ -15,6 +16,7 @@ class Blocked:
     def __init__(self) -> None:
         self.keys: set[str] = set()  # later rows of these go to `waiting` too
         self.released: set[str] = set()  # of them: the head has left, the followers may go
+        self.parked: set[str] = set()  # of them: the head is a dead letter that a person decides on
 
 
 class HeldRows:
@@ -29,13 +31,12 @@ class HeldRows:
 
     async def load(self) -> None:
         """Learn the blocked keys, at take-over."""
-        found = await waiting.blocked_keys(self._driver, self._schema)
-        self._blocked.keys = set(found)
-        self._blocked.released = {key for key, failed in found.items() if not failed}
+        self._note(await waiting.blocked_keys(self._driver, self._schema))
 
     async def due(self) -> tuple[list[Row], list[Row]]:
         """Return the rows to publish now, and those that must go behind a blocked key."""
         limits = {"rows_max": self._rows_max, "bytes_max": self._bytes_max}
+        await self._look_at_parked()
         due = await waiting.due(self._driver, self._schema, **limits)
         behind = [
             row for row in due if row.reason not in {"failed", "blocked"} and self._is_blocked(row)
@@ -59,11 +60,21 @@ class HeldRows:
         """Learn again which of `keys` are blocked."""
         if not keys:
             return
-        found = await waiting.blocked_keys(self._driver, self._schema, keys)
         self._blocked.keys -= keys
         self._blocked.released -= keys
+        self._blocked.parked -= keys
+        self._note(await waiting.blocked_keys(self._driver, self._schema, keys))
+
+    async def _look_at_parked(self) -> None:
+        """Let go the keys whose dead head was discarded; a requeued one is a failed row again."""
+        if self._blocked.parked:
+            still = await waiting.parked_keys(self._driver, self._schema, self._blocked.parked)
+            await self.refresh(self._blocked.parked - still)
+
+    def _note(self, found: dict[str, Head]) -> None:
         self._blocked.keys |= set(found)
-        self._blocked.released |= {key for key, failed in found.items() if not failed}
+        self._blocked.released |= {key for key, head in found.items() if head is Head.NONE}
+        self._blocked.parked |= {key for key, head in found.items() if head is Head.DEAD}
 
     def _is_blocked(self, row: Row) -> bool:
         return row.key is not None and row.key in self._blocked.keys

@@ -34,7 +34,7 @@ from outbox.relay.page import Page, State
 from outbox.relay.repair import Repair
 from outbox.relay.settling import Settled, Settler
 from outbox.relay.verdict import DeadReason
-from outbox.settings import Settings
+from outbox.settings import OnDead, Settings
 from outbox.telemetry import Moment, Observer, Step
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class Lane:
         self._client = client
         self._settings = settings
         self._schema = settings.schema_name
+        self._parks = settings.on_dead is OnDead.PARK_KEY
         self._observer = observer
         self._lease = lease
         self._wake = wake
@@ -246,7 +247,7 @@ class Lane:
             self._reading = asyncio.create_task(self._read(reader))
         before = self._air
         busy = frozenset[str]() if before is None else before.flight.page.keys
-        flight = await self._prepared(Page(rows, self._blocked.keys, busy))
+        flight = await self._prepared(Page(rows, self._blocked.keys, busy, parks=self._parks))
         self._air = Air(
             flight,
             asyncio.create_task(self._fly(flight, self._pending), name=f"page {number}"),
@@ -324,10 +325,11 @@ class Lane:
 
     def _note_blocked(self, flight: Flight) -> None:
         """Block the keys of failed rows at once: the next page has been read already."""
-        for index in flight.page.having(State.FAILED):
-            key = flight.page.rows[index].key
-            if key is not None:
-                self._blocked.keys.add(key)
+        self._blocked.keys |= flight.page.keys_of(State.FAILED)
+        if self._parks:
+            parked = flight.page.keys_of(State.DEAD)
+            self._blocked.keys |= parked
+            self._blocked.parked |= parked
 
     async def _conclude(self, settler: Settler, air: Air) -> None:
         done: Settled = await settler.settle(air.flight, "pending")
@@ -373,7 +375,7 @@ class Lane:
             return
         if self._waiting.cap:
             rows = rows[: self._waiting.cap]
-        page = Page(rows, ())
+        page = Page(rows, (), parks=self._parks)
         flight = await self._prepared(page)
         await self._fly(flight, self._waiting)
         held.hold_behind(page, behind)

@@ -24,21 +24,25 @@ class State(StrEnum):
     UNKNOWN = "unknown"  # an outage: it is read again
 
 
-_PASSES = frozenset({State.CONFIRMED, State.DEAD})  # the next of the key may go
-
-
 class Page:
     """The rows of one read, in id order, and how far each has come.
 
     Args:
         blocked: keys that have rows in `waiting`; rows of these go there too.
         busy: keys of the page before, which is still in flight; rows of these wait for `release`.
+        parks: behind a dead row the later ones of its key are blocked, else they go on.
     """
 
     def __init__(
-        self, rows: Sequence[Row], blocked: Collection[str], busy: Collection[str] = ()
+        self,
+        rows: Sequence[Row],
+        blocked: Collection[str],
+        busy: Collection[str] = (),
+        *,
+        parks: bool = False,
     ) -> None:
         self.rows = rows
+        self.parks = parks
         self.states = [State.UNSENT] * len(rows)
         self.first: list[int] = []  # may be sent at once
         self.deferred: list[int] = []  # first of a busy key
@@ -59,6 +63,11 @@ class Page:
                 (self.deferred if row.key in busy else self.first).append(index)
         self.undecided = len(self.first) + len(self.deferred) + len(self._next)
 
+    def keys_of(self, state: State) -> set[str]:
+        """Return the keys of the rows that stand at `state`."""
+        rows = (self.rows[index] for index in self.having(state))
+        return {row.key for row in rows if row.key is not None}
+
     @property
     def keys(self) -> set[str]:
         """The keys of all rows."""
@@ -69,10 +78,12 @@ class Page:
         self.states[index] = state
         self.undecided -= 1
         following = self._next.get(index)
-        if following is None or state in _PASSES:
+        if following is None or state is State.CONFIRMED:
+            return following
+        if state is State.DEAD and not self.parks:
             return following
         # behind a failure: blocked; behind an outage: as it was
-        self._leave(following, State.BLOCKED if state is State.FAILED else State.UNSENT)
+        self._leave(following, State.UNSENT if state is State.UNKNOWN else State.BLOCKED)
         return None
 
     def release(self, blocked: Collection[str], *, outage: bool) -> list[int]:

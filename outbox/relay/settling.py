@@ -78,7 +78,12 @@ class Settler:
         if not dead:
             return
         if not await pending.move_to_dead_letters(
-            self._driver, self._schema, self._lease.fence, dead, source=source
+            self._driver,
+            self._schema,
+            self._lease.fence,
+            dead,
+            parks=flight.page.parks,
+            source=source,
         ):
             raise LaneLost("another relay took the lane")
         for index, verdict in sorted(flight.verdicts.items()):

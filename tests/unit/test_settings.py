@@ -46,6 +46,7 @@ def test_every_variable_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> No
         "OUTBOX_ARCHIVE_RETENTION": "3600",
         "OUTBOX_INBOX_RETENTION": "7200",
         "OUTBOX_CREATE_STREAM": "true",
+        "OUTBOX_ON_DEAD": "park_key",
     }
     texts = {name: f"value-{n}" for n, name in enumerate(variables()) if name not in values}
     for name, value in (values | texts).items():
