@@ -15,7 +15,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 from uuid import uuid4
 
@@ -38,7 +38,7 @@ BATCH = 500  # messages that are held by one statement, and places that are read
 SWEEP_SECONDS = 30.0
 COLLECT_LOOK = 0.2  # seconds between two looks at the consumer
 PARKED_LOOK = 1.0  # seconds between two looks at whether a person has decided
-START = Place("", 0, None)
+START = Place("", 0, datetime.min.replace(tzinfo=UTC), None)
 
 
 class LeaseLost(Exception):  # noqa: N818 - a state; handled inside the listener

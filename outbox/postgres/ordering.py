@@ -50,10 +50,11 @@ WHERE (SELECT CASE WHEN current_setting('synchronous_commit') = 'off'
 ON CONFLICT DO NOTHING
 """
 PAGE = """
-SELECT created, sequence, key FROM {schema}.held
+SELECT created, sequence, stored_at, key FROM {schema}.held
 WHERE listener = CAST(:listener AS text)
-  AND (created, sequence) > (CAST(:created AS text), CAST(:sequence AS int8))
-ORDER BY created, sequence LIMIT CAST(:rows_max AS int)
+  AND (created, sequence, stored_at)
+      > (CAST(:created AS text), CAST(:sequence AS int8), CAST(:stored_at AS timestamptz))
+ORDER BY created, sequence, stored_at LIMIT CAST(:rows_max AS int)
 """
 _PARKS = """d.listener = CAST(:listener AS text) AND d.parks
   AND d.state IN ('open', 'requeued')"""
@@ -62,29 +63,33 @@ SELECT created, sequence, key, subject, headers, body, stored_at, epoch, deliver
        greatest(extract(epoch FROM due_at - clock_timestamp()), 0),
        EXISTS (SELECT 1 FROM {{schema}}.dead_letter AS d WHERE d.key = h.key AND {_PARKS})
 FROM {{schema}}.held AS h WHERE listener = CAST(:listener AS text) """  # noqa: S608 - no value is built in
-ROW = _ROW + "AND created = CAST(:created AS text) AND sequence = CAST(:sequence AS int8)"
-NEXT = _ROW + "AND key = CAST(:key AS text) ORDER BY created, sequence LIMIT 1"
+_AT = """AND created = CAST(:created AS text) AND sequence = CAST(:sequence AS int8)
+  AND stored_at = CAST(:stored_at AS timestamptz)"""
+ROW = _ROW + _AT
+NEXT = _ROW + "AND key = CAST(:key AS text) ORDER BY created, sequence, stored_at LIMIT 1"
 PARKED = f"""
 SELECT DISTINCT d.key FROM {{schema}}.dead_letter AS d
 WHERE d.key = ANY(CAST(:keys AS text[])) AND {_PARKS}
 """  # noqa: S608 - as above
-DONE = """
-DELETE FROM {schema}.held WHERE listener = CAST(:listener AS text)
-  AND created = CAST(:created AS text) AND sequence = CAST(:sequence AS int8)
-"""
-POSTPONE = """
-UPDATE {schema}.held
+DONE = f"""
+DELETE FROM {{schema}}.held WHERE listener = CAST(:listener AS text) {_AT}
+"""  # noqa: S608 - as above
+POSTPONE = f"""
+UPDATE {{schema}}.held
 SET delivered = delivered + 1, due_at = clock_timestamp() + CAST(:delay AS interval)
-WHERE listener = CAST(:listener AS text)
-  AND created = CAST(:created AS text) AND sequence = CAST(:sequence AS int8)
-"""
+WHERE listener = CAST(:listener AS text) {_AT}
+"""  # noqa: S608 - as above
 
 
 class Place(NamedTuple):
-    """Where an event stands in the queue."""
+    """Where an event stands in the queue.
+
+    A broker that was restored from a backup gives sequences out twice; the time tells them apart.
+    """
 
     created: str
     sequence: int
+    stored_at: datetime
     key: str | None
 
 
@@ -106,7 +111,7 @@ class Held(NamedTuple):
     @property
     def place(self) -> Place:
         """Where it stands."""
-        return Place(self.created, self.sequence, self.key)
+        return Place(self.created, self.sequence, self.stored_at, self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +156,8 @@ class Queue:
 
     async def page(self, session: AsyncSession, after: Place, rows_max: int) -> list[Place]:
         """Return the places behind one, in order."""
-        values = {"created": after.created, "sequence": after.sequence, "rows_max": rows_max}
-        found = await session.execute(self._sql(PAGE), self._own | values)
+        values = self._own | self._at(after) | {"rows_max": rows_max}
+        found = await session.execute(self._sql(PAGE), values)
         return [Place(*row) for row in found]
 
     async def row(self, session: AsyncSession, place: Place) -> Held | None:
@@ -192,4 +197,8 @@ class Queue:
         return statement(self.schema, sql)
 
     def _at(self, place: Place) -> dict[str, Any]:
-        return {"created": place.created, "sequence": place.sequence}
+        return {
+            "created": place.created,
+            "sequence": place.sequence,
+            "stored_at": place.stored_at,
+        }

@@ -215,7 +215,8 @@ def metadata(schema: str = "outbox") -> MetaData:
         Column("epoch", BigInteger, nullable=False),  # of the lease under which it came
         Column("delivered", Integer, nullable=False, server_default=text("0")),  # to the handler
         Column("due_at", _Time, nullable=False, server_default=func.now()),
-        PrimaryKeyConstraint("listener", "created", "sequence", name="held_pkey"),
+        # a restored broker gives sequences out twice; the time tells the events apart
+        PrimaryKeyConstraint("listener", "created", "sequence", "stored_at", name="held_pkey"),
         Index(  # ordering.next_of_key
             "held_key",
             "listener",

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import shutil
 from collections.abc import Iterable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -382,3 +384,38 @@ async def test_message_that_was_lost_on_its_way_is_found_when_it_comes_late(
             await connection.execute(text(sql), values)
         await watch.until(Step.ACKED, 5)
     assert await seen(engine, "late") == [9]
+
+
+async def test_a_restored_broker_that_gives_sequences_out_twice_hides_no_event(
+    engine: AsyncEngine,
+    sessionmaker: async_sessionmaker[AsyncSession],
+    private_nats: EmbeddedNats,
+    tmp_path: Path,
+) -> None:
+    """An event that waits in the queue has the sequence of a later one, which is not lost."""
+    settings = Settings.defaults(lease=timedelta(seconds=1), publish_timeout=0.5)
+    store, copy = private_nats.directory / "store", tmp_path / "copy"
+    async with JetStreamClient(private_nats.url) as client:
+        await client.ensure_stream("EVENTS", ["evt.>", "cmd.>", "dlq.>"])
+    private_nats.stop()
+    shutil.copytree(store, copy)
+    private_nats.start()
+    watch = Watch()
+    async with JetStreamClient(private_nats.url) as client:
+        listener = Ordered(
+            client, sessionmaker, settings=settings, observer=watch, failures={("k", 1): 1000}
+        )
+        async with listener:
+            await send(client, [("k", 1)])
+            await watch.until(Step.RETRIED, 1)
+    private_nats.kill()
+    shutil.rmtree(store)
+    shutil.copytree(copy, store)
+    private_nats.start()
+    async with JetStreamClient(private_nats.url) as client:
+        await send(client, [("other", 2)])
+        again = Ordered(client, sessionmaker, settings=settings, observer=watch)
+        async with again:
+            await watch.until_events(Step.COMMITTED, 2, within=15)
+    assert sorted(await seen(engine)) == [1, 2]
+    assert await count(engine, "held") == 0
