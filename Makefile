@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo demo-soak test test-all check bench lock clean
+.PHONY: demo demo-soak test test-all chaos check bench lock clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/python -m examples.glam
@@ -18,6 +18,11 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	@$(PYTEST) -q -n 2 --dist loadgroup
+
+# All faults at once, then every invariant: MINUTES=5, SEED=… (random when not given).
+MINUTES ?= 5
+chaos: $(VENV)/.installed
+	@$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 check: $(VENV)/.installed
 	@$(BIN)/ruff check .
