@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo demo-soak test test-all chaos check bench lock clean
+.PHONY: demo demo-soak test test-all chaos mutants check bench lock clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/python -m examples.glam
@@ -23,6 +23,10 @@ test-all: $(VENV)/.installed
 MINUTES ?= 5
 chaos: $(VENV)/.installed
 	@$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+# Deliberately broken builds: the checker must catch each.
+mutants: $(VENV)/.installed
+	@$(BIN)/python -m tests.mutants
 
 check: $(VENV)/.installed
 	@$(BIN)/ruff check .

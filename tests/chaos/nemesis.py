@@ -122,12 +122,22 @@ async def broker_restored(stage: Stage) -> bool:
     return lost > 0
 
 
+async def lane_taken_away(stage: Stage) -> bool:
+    """Give the lane to somebody else behind its owner's back, as after a long sleep of its host."""
+    sql = """
+    UPDATE outbox.lane SET owner = gen_random_uuid(), owner_name = 'elsewhere:0', epoch = epoch + 1,
+           expires_at = clock_timestamp() + interval '1 second'
+    WHERE owner IS NOT NULL RETURNING 1
+    """
+    return bool(await stage.execute("shop", sql))
+
+
 async def stream_full(stage: Stage) -> bool:
     """Let the stream take nothing for a while."""
     config = await _config(stage)
     await _update(stage, config | {"max_bytes": 1})
     try:
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(2.5)
     finally:
         await _update(stage, config)
     return True
@@ -238,6 +248,7 @@ FAULTS: dict[str, Fault] = {
     "nats_killed": nats_killed,
     "nats_paused": nats_paused,
     "broker_restored": broker_restored,
+    "lane_taken_away": lane_taken_away,
     "stream_full": stream_full,
     "consumer_deleted": consumer_deleted,
     "connections_cut": connections_cut,

@@ -20,6 +20,7 @@ from tests.chaos.shared import (
     Orders,
     die_with_parent,
 )
+from tests.mutants import applying
 
 logger = logging.getLogger(__name__)
 Main = Callable[[Orders, Journal, Failing, asyncio.Event], Awaitable[None]]
@@ -37,7 +38,7 @@ def run(main: str, orders: Orders) -> None:
     sys.stdout = sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
     if orders.mutant:
-        importlib.import_module(f"tests.mutants.{orders.mutant}").apply()
+        applying.apply(orders.mutant)
     module, name = main.split(":")
     function: Main = getattr(importlib.import_module(module), name)
     sys.exit(asyncio.run(_life(function, orders)))

@@ -20,7 +20,6 @@ from tests.chaos.stage import Stage, built
 from tests.chaos.stream import read
 
 QUIET_SHARE = 0.25
-DRAIN_SECONDS = 90.0
 WARM_UP_SECONDS = 1.5
 LATE_SECONDS = 30.0  # beyond the plan's, for kinds that have not fired
 
@@ -34,6 +33,7 @@ class Plan:
     faults: Sequence[str] = tuple(FAULTS)
     mutant: str = ""
     rate: float = 6.0
+    drain_seconds: float = 90.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ async def run(plan: Plan, folder: Path) -> Outcome:
             await _disturb(stage, plan)
             stage.heal()
             await stage.end("app")
-            drained = await _drain(stage)
+            drained = await _drain(stage, plan.drain_seconds)
         finally:
             tending.cancel()
             await asyncio.wait({tending})
@@ -115,10 +115,10 @@ async def _done(stage: Stage, kind: str) -> bool:
     return False
 
 
-async def _drain(stage: Stage) -> float:
+async def _drain(stage: Stage, most: float) -> float:
     begun = time.monotonic()
     left = ""
-    while time.monotonic() - begun < DRAIN_SECONDS:
+    while time.monotonic() - begun < most:
         with contextlib.suppress(OSError, SQLAlchemyError, nats.errors.Error):
             left = await stage.left()
             if not left:
