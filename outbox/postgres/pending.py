@@ -130,12 +130,6 @@ WITH {fence}, moved AS (
   RETURNING 1
 ) SELECT (SELECT count(*) FROM fence), (SELECT count(*) FROM kept)
 """.replace("{fence}", FENCE)
-NEWEST = "SELECT max(id) FROM {schema}.pending"
-COUNT_UP_TO = """
-SELECT count(*) FILTER (WHERE deliver_at IS NULL OR deliver_at <= now()),
-       count(*) FILTER (WHERE deliver_at > now())
-FROM {schema}.pending WHERE id <= $1::int8
-"""
 
 
 async def read(
@@ -235,21 +229,6 @@ async def move_to_dead_letters(
             timeout=STATEMENT_SECONDS,
         )
     return row is not None and row[0] == 1
-
-
-async def newest(driver: Driver, schema: str) -> int:
-    """Return the highest id in `pending`, 0 when it is empty."""
-    with translated():
-        row = await driver.fetchrow(raw(schema, NEWEST), timeout=STATEMENT_SECONDS)
-    return 0 if row is None or row[0] is None else int(row[0])
-
-
-async def count_up_to(driver: Driver, schema: str, last: int) -> tuple[int, int]:
-    """Return how many rows have an id up to `last`: those to publish now, and scheduled ones."""
-    with translated():
-        row = await driver.fetchrow(raw(schema, COUNT_UP_TO), last, timeout=STATEMENT_SECONDS)
-    assert row is not None  # noqa: S101 - an aggregate always has a row
-    return int(row[0]), int(row[1])
 
 
 def _from(sql: str, source: str) -> str:

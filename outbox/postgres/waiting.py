@@ -7,7 +7,6 @@ key with many of them costs the others nothing.
 
 from collections.abc import Collection, Sequence
 from enum import StrEnum
-from typing import NamedTuple
 
 from outbox.postgres.driver import STATEMENT_SECONDS, Driver, translated
 from outbox.postgres.lanes import FENCE
@@ -56,17 +55,6 @@ WITH {fence}, changed AS (
   RETURNING 1
 ) SELECT (SELECT count(*) FROM fence), (SELECT count(*) FROM changed)
 """.replace("{fence}", FENCE)
-COUNTS = """
-SELECT count(*) FILTER (WHERE due_at <= now()),
-       count(*) FILTER (WHERE reason = 'scheduled' AND due_at > now()),
-       count(*) FILTER (WHERE reason <> 'scheduled' AND due_at > now()),
-       EXISTS (SELECT 1 FROM {schema}.waiting AS b WHERE b.reason = 'blocked' AND NOT EXISTS (
-         SELECT 1 FROM {schema}.waiting AS f WHERE f.key = b.key AND f.reason = 'failed')
-       AND NOT EXISTS (
-         SELECT 1 FROM {schema}.dead_letter AS d
-         WHERE d.key = b.key AND d.parks AND d.state = 'open' AND d.side = 'relay'))
-FROM (SELECT due_at, reason FROM {schema}.waiting LIMIT 100000) AS w
-"""
 
 
 class Head(StrEnum):
@@ -75,15 +63,6 @@ class Head(StrEnum):
     NONE = "none"  # it has left: they go next
     FAILED = "failed"  # its next try
     DEAD = "dead"  # a person: it was given up, and parks them
-
-
-class Counts(NamedTuple):
-    """How many rows wait, by what they wait for; exact up to 100,000."""
-
-    due: int
-    scheduled: int
-    backing_off: int
-    released: bool  # followers whose head has left; they go next
 
 
 async def due(driver: Driver, schema: str, *, rows_max: int, bytes_max: int) -> list[Row]:
@@ -132,11 +111,3 @@ async def postpone(driver: Driver, schema: str, fence: Fence, waits: Sequence[Wa
             timeout=STATEMENT_SECONDS,
         )
     return row is not None and row[0] == 1
-
-
-async def counts(driver: Driver, schema: str) -> Counts:
-    """Return how many rows wait."""
-    with translated():
-        row = await driver.fetchrow(raw(schema, COUNTS), timeout=STATEMENT_SECONDS)
-    assert row is not None  # noqa: S101 - an aggregate always has a row
-    return Counts(int(row[0]), int(row[1]), int(row[2]), bool(row[3]))

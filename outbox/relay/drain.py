@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from outbox.errors import DatabaseUnavailable
-from outbox.postgres import pending, waiting
+from outbox.postgres import remaining
 from outbox.postgres.driver import Driver
+from outbox.postgres.remaining import Remaining
 
 QUIET_LEASES = 3  # leases without any progress, before a drain says that it cannot
 
@@ -53,20 +54,17 @@ class Drain:
         Args:
             reason: what hinders the relay now, if anything.
         """
-        waits = await waiting.counts(driver, self._schema)
         if self._last is None:
-            self._last = await pending.newest(driver, self._schema)
-        ready, early = await pending.count_up_to(driver, self._schema, self._last)
-        left = ready + waits.due
-        waits = waits._replace(scheduled=waits.scheduled + early)
-        if left != self._left:
-            self._left, self._moved_at = left, time.monotonic()
-        self._total = max(self._total, left)
-        progress = Progress(self._total - left, self._total)
-        if left == 0 and not waits.released:
-            return progress, self._end(progress, waits, None)
+            self._last = await remaining.newest(driver, self._schema)
+        found = await remaining.count(driver, self._schema, self._last)
+        if found.ready != self._left:
+            self._left, self._moved_at = found.ready, time.monotonic()
+        self._total = max(self._total, found.ready)
+        progress = Progress(self._total - found.ready, self._total)
+        if found.ready == 0 and not found.released:
+            return progress, self._end(progress, found, None)
         if time.monotonic() - self._moved_at > self._patience:
-            return progress, self._end(progress, waits, reason or "nothing was published for long")
+            return progress, self._end(progress, found, reason or "nothing was published for long")
         return progress, None
 
     def unreachable(self, error: DatabaseUnavailable) -> Drained | None:
@@ -75,9 +73,9 @@ class Drain:
             return None
         return Drained(self._total - self._left, self._left, 0, 0, str(error))
 
-    def _end(self, progress: Progress, waits: waiting.Counts, reason: str | None) -> Drained:
-        remaining = progress.total - progress.published
-        return Drained(progress.published, remaining, waits.scheduled, waits.backing_off, reason)
+    def _end(self, progress: Progress, found: Remaining, reason: str | None) -> Drained:
+        left = progress.total - progress.published
+        return Drained(progress.published, left, found.scheduled, found.backing_off, reason)
 
 
 Report = Callable[[Progress], None]
