@@ -29,6 +29,7 @@ class Step(StrEnum):
     ACKED = "acked"
     DUPLICATE = "duplicate"  # listener: the inbox knew it; relay: the stream knew it
     RETRIED = "retried"  # the attempt failed and will be repeated
+    GAP = "gap"  # the stream dropped messages that were not read; `count` of them at most
     # both
     DEAD_LETTERED = "dead_lettered"
     OUTAGE_BEGAN = "outage_began"

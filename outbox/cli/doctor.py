@@ -7,8 +7,9 @@ from asyncio import Event
 
 from outbox.cli import options
 from outbox.cli.running import connect
+from outbox.findings import Finding, Severity
 from outbox.jetstream.client import JetStreamClient
-from outbox.operate.doctor import Finding, Severity, examine
+from outbox.operate.doctor import examine
 from outbox.settings import Settings
 
 
@@ -18,7 +19,7 @@ async def doctor(settings: Settings, given: argparse.Namespace) -> int:
     client = JetStreamClient.from_settings(settings, name="outbox-doctor")
     try:
         await connect(client, Event())
-        found = await examine(engine, client, settings)
+        found = await examine(engine, client, settings, monitor=given.monitor)
     finally:
         await client.close()
         await engine.dispose()

@@ -30,7 +30,8 @@ _EACH = {
     "doctor": (
         doctor.doctor,
         "find what could break the promise, and what mends it",
-        "  outbox doctor --json     exit 1 when something breaks it",
+        """  outbox doctor --json     exit 1 when something breaks it
+  outbox doctor --monitor http://nats:8222""",
     ),
     "dead": (
         dead.dead,
@@ -105,6 +106,11 @@ def _add_own(made: dict[str, argparse.ArgumentParser]) -> None:
         "--no-relay", action="store_true", help="run no relay for what the handlers add"
     )
     made["doctor"].add_argument("--json", action="store_true", help="print JSON")
+    made["doctor"].add_argument(
+        "--monitor",
+        metavar="URL",
+        help="monitoring port of nats-server, to see when it syncs its disk: http://nats:8222",
+    )
     dead.add_arguments(made["dead"])
     replay.add_arguments(made["replay"])
     verify.add_arguments(made["verify"])

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.pool import QueuePool
 from typing_extensions import override
 
+from outbox import findings
 from outbox.backoff import Backoff
 from outbox.envelope import (
     EventEnvelope,
@@ -25,13 +26,14 @@ from outbox.errors import (
     DatabaseUnavailable,
     OutboxError,
 )
-from outbox.jetstream import provisioning
+from outbox.jetstream import examining, provisioning
 from outbox.jetstream.client import JetStreamClient
 from outbox.jetstream.pulling import ConsumerGone, Message, Puller
 from outbox.lifecycle import Worker
 from outbox.listener import declaration
 from outbox.listener.attempt import DATABASE_SECONDS, Attempt, Work, is_outage
 from outbox.listener.dead import Undertaker
+from outbox.listener.gaps import GapWatch
 from outbox.listener.handling import Disposition, Handling
 from outbox.listener.ordering import BATCH, Ordered
 from outbox.listener.outage import Outage
@@ -108,6 +110,7 @@ class Listener(Worker, Generic[P_co]):
         self._beats_end: dict[int, float] = {}  # of what a handler runs on, by loop time
         self._handling = self.make_handling()
         self._in_hand: dict[int, Message] = {}
+        self._gaps = GapWatch(self.client, self.stream, self.identity, self.observer)
         self._prepared = False
 
     def make_handling(self, kind: type[Handling] = Handling, **more: Any) -> Handling:
@@ -189,11 +192,13 @@ class Listener(Worker, Generic[P_co]):
         redriving = Redriving(self._handling, self.settings.schema_name, self.identity, self.pause)
         with self._claimed(place):
             redrive = asyncio.create_task(redriving.run(), name="redrive")
+            gaps = asyncio.create_task(self._gaps.run(self.pause), name="gaps")
             try:
                 await self._serve()
             finally:
-                redrive.cancel()
-                await asyncio.wait({redrive})
+                for task in (redrive, gaps):
+                    task.cancel()
+                await asyncio.wait({redrive, gaps})
         if not redrive.cancelled() and (error := redrive.exception()) is not None:
             raise error
 
@@ -235,9 +240,7 @@ class Listener(Worker, Generic[P_co]):
             await schema.check_version(await session.connection(), self.settings.schema_name)
         facts = await provisioning.check_stream(self.client, self.stream, [self.subject])
         self._handling.stream_created = facts.created
-        if not self._prepared:
-            self._warn_of_short_memory(facts.max_age)
-        await provisioning.ensure_consumer(
+        consumer = await provisioning.ensure_consumer(
             self.client,
             stream=self.stream,
             durable=self.identity,
@@ -245,25 +248,15 @@ class Listener(Worker, Generic[P_co]):
             ack_wait=declaration.duration(self.ack_wait),
             max_ack_pending=max(1000, 4 * self._prefetch()),
         )
+        if not self._prepared:
+            found = (
+                *examining.stream(facts.config),
+                *examining.retention(facts.config, self.settings),
+                *examining.consumer(consumer),
+            )
+            findings.log(logger, found, listener=self.identity)
         self._prepared = True
-
-    def _warn_of_short_memory(self, max_age: timedelta | None) -> None:
-        """Say so when the stream may deliver again what the inbox has forgotten.
-
-        A message may be as old as the publisher's archive when it is published once more.
-        """
-        archived = self.settings.archive_retention or timedelta(0)
-        if max_age is not None and max_age + archived <= self.settings.inbox_retention:
-            return
-        logger.warning(
-            "the inbox forgets before the stream does: an old event could take effect twice; "
-            "raise OUTBOX_INBOX_RETENTION, or lower the stream's max_age",
-            extra={
-                "listener": self.identity,
-                "inbox_retention": str(self.settings.inbox_retention),
-                "max_age": "unlimited" if max_age is None else str(max_age),
-            },
-        )
+        await self._gaps.look()
 
     def _puller(self) -> Puller:
         return Puller(

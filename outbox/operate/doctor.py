@@ -1,15 +1,17 @@
 """`outbox doctor`: what could break the promise, why, and what mends it."""
 
+import asyncio
+import json
+import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from enum import StrEnum
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox.errors import BrokerUnavailable
-from outbox.jetstream import provisioning
+from outbox.errors import BrokerUnavailable, ConfigurationError
+from outbox.findings import Finding, Severity
+from outbox.jetstream import examining, provisioning
 from outbox.jetstream.client import ApiError, JetStreamClient
 from outbox.postgres import inspecting, schema
 from outbox.postgres.driver import translated
@@ -18,27 +20,8 @@ from outbox.settings import Settings
 
 VERSION_MIN = 140_000
 HELD_SINCE = timedelta(minutes=5)
-WINDOW_MIN = timedelta(minutes=2)  # of duplicates; the relay repeats within seconds
-MARGIN = timedelta(hours=1)  # of the inbox beyond what may be delivered again
-SKEW = timedelta(seconds=5)
-
-
-class Severity(StrEnum):
-    """How bad it is."""
-
-    ERROR = "error"  # breaks a sentence of the promise
-    WARNING = "warning"  # will, when something else goes wrong
-    NOTE = "note"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is not as it should be."""
-
-    severity: Severity
-    what: str
-    why: str
-    mend: str  # a command or statement
+MONITOR_SECONDS = 5.0
+MONITOR_BYTES_MAX = 4_194_304
 
 
 async def examine(
@@ -47,8 +30,13 @@ async def examine(
     settings: Settings,
     *,
     held_since: timedelta = HELD_SINCE,
+    monitor: str | None = None,
 ) -> list[Finding]:
     """Return what was found in the database, the stream and the consumers, the worst first.
+
+    Args:
+        held_since: transactions that are open for longer are told.
+        monitor: URL of nats-server's monitoring port; clients cannot ask when it syncs its disk.
 
     Raises:
         ConfigurationError: there are no tables of this version; names the command to run.
@@ -70,6 +58,8 @@ async def examine(
             await connection.rollback()
             found += _of_pool(await inspecting.backends(connection, name))
     found += await _broker(client, settings, identities)
+    if monitor is not None:
+        found += examining.disk(await asyncio.to_thread(_varz, monitor), settings)
     return sorted(found, key=lambda each: list(Severity).index(each.severity))
 
 
@@ -106,7 +96,7 @@ def _of_server(server: Server, asked: datetime) -> Iterator[Finding]:
             "transactions that carry events raise it for themselves; others may be lost by a crash",
             "ALTER DATABASE … SET synchronous_commit = on",
         )
-    if abs(server.now - asked) > SKEW:
+    if abs(server.now - asked) > examining.SKEW:
         yield Finding(
             Severity.WARNING,
             f"the database's clock is {abs(server.now - asked).total_seconds():.0f} s off ours",
@@ -167,7 +157,7 @@ def _of_pool(backends: int) -> Iterator[Finding]:
 async def _broker(
     client: JetStreamClient, settings: Settings, identities: list[str]
 ) -> list[Finding]:
-    found = list(_of_version(client.server_version))
+    found = list(examining.version(client.server_version))
     try:
         info = await client.api(f"STREAM.INFO.{settings.stream}")
     except ApiError as error:
@@ -178,104 +168,26 @@ async def _broker(
         why = "nothing can be published"
         missing = Finding(Severity.ERROR, f"stream {settings.stream} does not exist", why, mend)
         return [*found, missing]
-    found += _of_stream(info["config"], settings)
-    found += _of_clock(info.get("ts"))
+    found += examining.subjects(info["config"], settings)
+    found += examining.stream(info["config"])
+    found += examining.retention(info["config"], settings)
+    found += examining.clock(info.get("ts"))
     for identity in identities:
         consumer = await provisioning.consumer_info(client, settings.stream, identity)
         if consumer is not None:
-            found += _of_consumer(consumer, info, settings.stream)
+            found += examining.consumer(consumer)
+            found += examining.gap(consumer, info)
     return found
 
 
-def _of_version(version: tuple[int, int, int]) -> Iterator[Finding]:
-    needed = {(2, 11): 16, (2, 12): 7}
-    if version[:2] < (2, 11) or version[2] < needed.get(version[:2], 0):
-        yield Finding(
-            Severity.WARNING,
-            f"nats-server {'.'.join(map(str, version))} is older than it should be",
-            "versions before 2.11.16, 2.12.7 and 2.14.0 have defects that lose messages",
-            "upgrade nats-server",
-        )
-
-
-def _of_clock(told: object) -> Iterator[Finding]:
-    if not isinstance(told, str):
-        return
-    skew = abs(datetime.fromisoformat(told) - datetime.now(UTC))
-    if skew > SKEW:
-        yield Finding(
-            Severity.WARNING,
-            f"the broker's clock is {skew.total_seconds():.0f} s off ours",
-            "max_age and the duplicate window follow the broker's",
-            "synchronise the clocks (NTP)",
-        )
-
-
-def _of_stream(config: dict[str, Any], settings: Settings) -> Iterator[Finding]:
-    name = config["name"]
-    edit = f"nats stream edit {name}"
-    taken = [str(subject) for subject in config.get("subjects") or ()]
-    wanted = [f"{prefix}>" for prefix in settings.subject_prefixes]
-    lacking = [each for each in wanted if not any(provisioning.covers(t, each) for t in taken)]
-    if lacking:
-        subjects = ",".join([*taken, *lacking])
-        what, why = f"stream {name} does not take {', '.join(lacking)}", "such events wait for ever"
-        yield Finding(Severity.ERROR, what, why, f"{edit} --subjects '{subjects}'")
-    if config.get("storage") == "memory":
-        what, why = f"stream {name} is in memory", "a restart of the broker loses what it stored"
-        yield Finding(Severity.ERROR, what, why, "make it anew with --storage file")
-    if config.get("retention") != "limits":
-        what = f"stream {name} has {config.get('retention')} retention"
-        why = "messages may go before every listener has read them, and cannot be verified"
-        yield Finding(Severity.ERROR, what, why, "make it anew with --retention limits")
-    limits = [each for each in ("max_msgs", "max_bytes") if int(config.get(each) or -1) > 0]
-    if config.get("discard") == "old" and limits:
-        what = f"stream {name} discards old messages at {' and '.join(limits)}"
-        why = "listeners that are behind lose unread events silently"
-        yield Finding(Severity.ERROR, what, why, f"{edit} --discard new")
-    yield from _of_times(config, settings, edit)
-
-
-def _of_times(config: dict[str, Any], settings: Settings, edit: str) -> Iterator[Finding]:
-    """Check the chain: what may be delivered again must still be known to the inbox."""
-    name = config["name"]
-    window = _duration(config.get("duplicate_window"))
-    if window < WINDOW_MIN:
-        what = f"stream {name} forgets duplicates after {window.total_seconds():.0f} s"
-        why = "a relay that repeats itself later stores an event twice; inboxes absorb it"
-        yield Finding(Severity.WARNING, what, why, f"{edit} --dupe-window 5m")
-    max_age = _duration(config.get("max_age"))
-    archived = settings.archive_retention or timedelta(0)
-    if not max_age:
-        what = f"stream {name} keeps messages for ever"
-        why = "one that is delivered again after the inbox has forgotten it takes effect twice"
-        yield Finding(Severity.WARNING, what, why, f"{edit} --max-age 24h")
-    elif settings.inbox_retention < max_age + archived + MARGIN:
-        needed = int((max_age + archived + MARGIN).total_seconds())
-        what = "the inbox forgets before stream and archive do"
-        why = "an event that is delivered or repaired late takes effect twice"
-        yield Finding(Severity.ERROR, what, why, f"OUTBOX_INBOX_RETENTION={needed}")
-
-
-def _of_consumer(consumer: dict[str, Any], info: dict[str, Any], stream: str) -> Iterator[Finding]:
-    name, config = consumer["name"], consumer["config"]
-    remake = f"nats consumer edit {stream} {name}"
-    if int(config.get("max_deliver") or -1) != -1:
-        what = f"consumer {name} gives up after {config['max_deliver']} deliveries"
-        why = "the broker then drops the event for this listener, silently"
-        yield Finding(Severity.ERROR, what, why, f"{remake} --max-deliver=-1")
-    if config.get("ack_policy") != "explicit":
-        what = f"consumer {name} has ack policy {config.get('ack_policy')}"
-        why = "an event counts as handled before it is"
-        yield Finding(Severity.ERROR, what, why, f"nats consumer rm {stream} {name}; restart it")
-    floor = int(consumer["ack_floor"]["stream_seq"])
-    gap = int(info["state"]["first_seq"]) - floor - 1
-    if gap > 0 and int(consumer.get("num_pending") or 0) > 0 and floor > 0:
-        what = f"up to {gap} messages left the stream before {name} had read them"
-        why = "they were dropped by max_age, a limit or a purge"
-        mend = f"outbox replay --to {name} in each publisher's database"
-        yield Finding(Severity.ERROR, what, why, mend)
-
-
-def _duration(nanoseconds: object) -> timedelta:
-    return timedelta(microseconds=int(str(nanoseconds or 0)) / 1000)
+def _varz(monitor: str) -> dict[str, Any]:
+    """Return what nats-server tells of itself over HTTP."""
+    if not monitor.startswith(("http://", "https://")):
+        raise ConfigurationError("--monitor: an http:// or https:// URL, such as http://nats:8222")
+    url = f"{monitor.rstrip('/')}/varz"
+    try:
+        with urllib.request.urlopen(url, timeout=MONITOR_SECONDS) as answer:  # noqa: S310 - http
+            told = json.loads(answer.read(MONITOR_BYTES_MAX))
+    except (OSError, ValueError) as error:
+        raise BrokerUnavailable(f"the monitoring port does not answer: {error}") from error
+    return told if isinstance(told, dict) else {}

@@ -11,8 +11,9 @@ from datetime import timedelta
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from typing_extensions import override
 
+from outbox import findings
 from outbox.errors import BrokerUnavailable, ConfigurationError, DatabaseUnavailable
-from outbox.jetstream import provisioning
+from outbox.jetstream import examining, provisioning
 from outbox.jetstream.client import JetStreamClient
 from outbox.lifecycle import Worker
 from outbox.postgres import driver, schema, wake
@@ -190,8 +191,11 @@ class Relay(Worker):
                 self._client, self.settings.stream, [*subjects, "dlq.>"]
             )
         facts = await provisioning.check_stream(self._client, self.settings.stream, subjects)
-        for line in facts.drift:
-            logger.warning("the stream differs from what is recommended", extra={"drift": line})
+        found = [
+            *examining.stream(facts.config),
+            *examining.version(self._client.server_version),
+        ]
+        findings.log(logger, found, stream=self.settings.stream)
 
     async def _serve(self) -> None:
         """Stand by for the lane, then work it; ends with an error, or at a stop."""

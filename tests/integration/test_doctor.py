@@ -1,7 +1,9 @@
 """`outbox doctor` finds what a test has broken, and nothing where nothing is."""
 
 import json
+import socket
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,12 @@ from sqlalchemy.pool import NullPool
 
 from outbox import JetStreamClient, Settings
 from outbox.cli.main import main
-from outbox.jetstream import provisioning
+from outbox.embedded import EmbeddedNats
+from outbox.errors import BrokerUnavailable, ConfigurationError
+from outbox.findings import Finding, Severity
+from outbox.jetstream import examining, provisioning
 from outbox.operate import doctor
-from outbox.operate.doctor import Finding, Severity, examine
+from outbox.operate.doctor import examine
 
 HOUR = 3_600_000_000_000
 
@@ -35,6 +40,13 @@ async def sql(engine: AsyncEngine, *statements: str) -> None:
         autocommit = await connection.execution_options(isolation_level="AUTOCOMMIT")
         for each in statements:
             await autocommit.execute(text(each))
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port
 
 
 def told(found: list[Finding], severity: Severity | None = None) -> list[str]:
@@ -129,6 +141,7 @@ async def test_role_without_privileges_is_told_what_it_lacks(
         ({"max_age": 240 * HOUR}, "the inbox forgets before stream", Severity.ERROR),
         ({"max_age": 0}, "keeps messages for ever", Severity.WARNING),
         ({"subjects": ["evt.>"]}, "does not take cmd.>", Severity.ERROR),
+        ({"no_ack": True}, "acknowledges nothing", Severity.ERROR),
     ],
 )
 async def test_stream_findings_and_that_their_mend_mends(
@@ -176,7 +189,7 @@ async def test_consumers_of_listeners_that_have_handled_something_are_looked_at(
         js_client,
         stream=stream,
         durable="mail-gap",
-        filter_subject="evt.>",
+        filter_subject=">",
         ack_wait=timedelta(seconds=30),
         max_ack_pending=100,
     )
@@ -193,6 +206,126 @@ async def test_consumers_of_listeners_that_have_handled_something_are_looked_at(
     assert any("messages left the stream before mail-gap had read them" in each for each in errors)
 
 
+async def consumer_findings(
+    engine: AsyncEngine,
+    client: JetStreamClient,
+    settings: Settings,
+    config: dict[str, Any],
+) -> list[Finding]:
+    """Make a consumer of a listener that handled something; return what is found of it."""
+    await sql(
+        engine,
+        "INSERT INTO outbox.inbox (listener, event_id) VALUES ('mail-x', gen_random_uuid())",
+    )
+    config = {"durable_name": "mail-x", "ack_policy": "explicit", "deliver_policy": "all"} | config
+    await client.api(
+        f"CONSUMER.CREATE.{settings.stream}.mail-x",
+        {"stream_name": settings.stream, "config": config},
+    )
+    return [each for each in await examine(engine, client, settings) if "mail-x" in each.what]
+
+
+@pytest.mark.parametrize(
+    ("config", "what", "severity"),
+    [
+        ({"max_deliver": 5}, "gives up after 5 deliveries", Severity.ERROR),
+        ({"ack_policy": "all"}, "has ack policy all", Severity.ERROR),
+        ({"ack_policy": "none"}, "has ack policy none", Severity.ERROR),
+        ({"deliver_subject": "push.mail"}, "is a push consumer", Severity.ERROR),
+        ({"headers_only": True}, "delivers headers only", Severity.ERROR),
+        ({"mem_storage": True}, "is in memory", Severity.WARNING),
+        (
+            {"inactive_threshold": HOUR},
+            "is deleted when its listener is away for 3600 s",
+            Severity.WARNING,
+        ),
+        ({"deliver_policy": "new"}, "began with deliver policy new", Severity.WARNING),
+        ({"replay_policy": "original"}, "replays at the original speed", Severity.WARNING),
+        ({"max_ack_pending": 1}, "has at most 1 events in hand", Severity.WARNING),
+        ({"pause_until": "2100-01-01T00:00:00Z"}, "is paused", Severity.WARNING),
+    ],
+)
+async def test_consumer_findings(
+    engine: AsyncEngine,
+    js_client: JetStreamClient,
+    healthy: Settings,
+    config: dict[str, Any],
+    what: str,
+    severity: Severity,
+) -> None:
+    (finding,) = await consumer_findings(engine, js_client, healthy, config)
+    assert finding.what == f"consumer mail-x {what}"
+    assert finding.severity is severity
+    assert finding.mend.startswith("nats consumer")
+
+
+async def test_nothing_is_found_of_a_consumer_as_a_listener_makes_it(
+    engine: AsyncEngine, js_client: JetStreamClient, healthy: Settings
+) -> None:
+    assert not await consumer_findings(engine, js_client, healthy, {"max_ack_pending": 1000})
+
+
+async def test_what_was_dropped_is_no_certain_loss_for_a_consumer_of_some_subjects(
+    engine: AsyncEngine, js_client: JetStreamClient, healthy: Settings
+) -> None:
+    await js_client.js.publish("evt.rare.v1", b"1")
+    config = {"filter_subject": "evt.rare.v1"}
+    assert not await consumer_findings(engine, js_client, healthy, config)
+    pulled = await js_client.js.pull_subscribe_bind("mail-x", healthy.stream)
+    (message,) = await pulled.fetch(1)
+    await message.ack_sync()
+    await pulled.unsubscribe()
+    for n in range(9):
+        await js_client.js.publish("evt.a.v1", str(n).encode())
+    await change(js_client, healthy.stream, discard="old", max_msgs=2)
+    await change(js_client, healthy.stream, discard="new", max_msgs=-1)
+    await js_client.js.publish("evt.rare.v1", b"2")
+    found = await examine(engine, js_client, healthy)
+    (finding,) = [each for each in found if "mail-x" in each.what]
+    assert finding.what == "up to 7 messages left the stream before mail-x had read them"
+    assert finding.severity is Severity.WARNING
+
+
+@pytest.mark.parametrize(
+    ("config", "archive", "severity"),
+    [
+        ("sync_interval: always", None, None),
+        ("sync_interval: 10s", timedelta(seconds=30), None),
+        ("sync_interval: 20s", timedelta(seconds=30), Severity.ERROR),
+        ("", None, Severity.ERROR),
+    ],
+)
+async def test_acknowledged_events_that_the_brokers_disk_has_late_are_told_by_its_monitor(
+    engine: AsyncEngine,
+    stream: str,
+    tmp_path: Path,
+    config: str,
+    archive: timedelta | None,
+    severity: Severity | None,
+) -> None:
+    port = free_port()
+    store = f'jetstream {{ store_dir: "{tmp_path}/store", {config} }}' if config else ""
+    with EmbeddedNats(config=f'http: "127.0.0.1:{port}"\n{store}') as server:
+        settings = Settings.defaults(stream=stream, archive_retention=archive)
+        client = JetStreamClient(server.url)
+        await client.connect()
+        await client.ensure_stream(stream, ["evt.>", "cmd.>", "dlq.>"])
+        found = await examine(engine, client, settings, monitor=f"http://127.0.0.1:{port}/")
+        await client.close()
+    late = [each for each in found if "disk has an event up to" in each.what]
+    assert [each.severity for each in late] == ([severity] if severity else [])
+
+
+async def test_monitor_that_is_none_is_told(
+    engine: AsyncEngine, js_client: JetStreamClient, healthy: Settings
+) -> None:
+    with pytest.raises(ConfigurationError, match="--monitor"):
+        await examine(engine, js_client, healthy, monitor="file:///etc/passwd")
+    nobody = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(BrokerUnavailable, match="monitoring port does not answer"):
+        await examine(engine, js_client, healthy, monitor=nobody)
+
+
 @pytest.mark.parametrize(
     ("version", "old"),
     [
@@ -206,7 +339,7 @@ async def test_consumers_of_listeners_that_have_handled_something_are_looked_at(
     ],
 )
 def test_servers_that_lose_messages_are_known(version: tuple[int, int, int], *, old: bool) -> None:
-    assert bool(list(doctor._of_version(version))) is old
+    assert bool(list(examining.version(version))) is old
 
 
 def test_pool_that_changes_its_backend_is_found() -> None:
