@@ -56,7 +56,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 
 # Needs uv; writes no index address.
 lock:
-	uv pip compile --quiet --generate-hashes --universal --python-version 3.11 --no-emit-index-url --no-emit-find-links --extra embedded --extra cli --extra nkeys --group dev pyproject.toml -o requirements.lock
+	uv pip compile --quiet --generate-hashes --universal --python-version 3.11 --no-emit-index-url --no-emit-find-links --extra embedded --extra cli --extra nkeys --extra metrics --extra otel --group dev pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

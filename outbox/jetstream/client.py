@@ -90,7 +90,7 @@ class JetStreamClient:
         self._up = asyncio.Event()
         self._rebuilding: asyncio.Task[None] | None = None
         self._callbacks: list[Callable[[], None]] = []
-        self.generation = 0  # grows with every connection, also of the same nats-py client
+        self.generation = 0  # grows with every connect and disconnect, of any nats-py client
         self.last_error: str | None = None
         self.denied_subjects: set[str] = set()
 
@@ -361,6 +361,9 @@ class JetStreamClient:
         self._changed()
 
     async def _disconnected(self) -> None:
+        self.generation += 1  # what belongs to the lost connection is told from now on
+        if self._nats is not None:
+            _drop_unsent(self._nats)
         self._up.clear()
         log.warning("disconnected from NATS", extra={"reason": self.last_error})
         self._changed()
@@ -415,6 +418,12 @@ def _deaf(client: NatsClient) -> bool:
     """Return whether the read loop of a client is gone (nats.py issues 624, 675)."""
     task = client._reading_task  # noqa: SLF001 - nothing public tells
     return task is None or task.done()
+
+
+def _drop_unsent(client: NatsClient) -> None:
+    """Forget frames that were handed over and not written: nats-py would send them to the next."""
+    client._pending.clear()  # noqa: SLF001 - nothing public does it
+    client._pending_data_size = 0  # noqa: SLF001
 
 
 async def _close(client: NatsClient) -> None:

@@ -50,6 +50,7 @@ class Message:
     sequence: int
     delivered: int
     timestamp: datetime
+    epoch: int = -1  # of the puller, see `Puller`
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,11 @@ class Puller:
 
     Use it as a context manager. Leaving it drops what nobody took; that comes again after the
     consumer's ack wait, or at once when the owner naks it first.
+
+    Messages are answered in their own epoch only, which ends with the connection, and when the
+    broker had trouble with the consumer. An answer names a message by its sequence, and a broker
+    that was restored from an older copy gives sequences out twice: an ack from before would be
+    taken for one of a newer message, which its listener then never handles.
     """
 
     def __init__(
@@ -106,6 +112,7 @@ class Puller:
         self._owner: NatsClient | None = None
         self._subscription: Subscription | None = None
         self._generation = -1
+        self._epoch = 0
         self._inbox = ""
         self._heard = 0.0
         self._refused_until = 0.0
@@ -166,7 +173,7 @@ class Puller:
         self._wake.set()
 
     async def ack(self, message: Message) -> None:
-        """Tell the broker that the message is done; lost when disconnected, which is harmless."""
+        """Tell the broker that the message is done; lost after its epoch, which is harmless."""
         await self._answer(message, b"+ACK")
 
     async def nak(self, message: Message, delay: timedelta = timedelta(0)) -> None:
@@ -180,7 +187,8 @@ class Puller:
         await self._answer(message, b"+WPI")
 
     async def _answer(self, message: Message, body: bytes) -> None:
-        if not self._client.is_connected:
+        current = message.epoch == self._epoch and self._generation == self._client.generation
+        if not current or not self._client.is_connected:
             return
         # A lost answer means a redelivery, which the inbox absorbs.
         with contextlib.suppress(nats.errors.Error, OSError, BrokerUnavailable):
@@ -220,9 +228,14 @@ class Puller:
         await self._leave()
         generation, owner = self._client.generation, self._client.client
         # A new inbox for each connection: a late answer to an old request is not counted.
-        self._inbox = owner.new_inbox()
+        self._inbox = inbox = owner.new_inbox()
+        self._epoch += 1
+
+        async def received(raw: Msg) -> None:
+            self._received(raw, inbox)
+
         self._subscription = await owner.subscribe(
-            self._inbox, cb=self._received, pending_bytes_limit=_SUBSCRIPTION_BYTES_MAX
+            inbox, cb=received, pending_bytes_limit=_SUBSCRIPTION_BYTES_MAX
         )
         self._owner, self._generation = owner, generation
         self._outstanding = 0
@@ -267,8 +280,10 @@ class Puller:
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._durable}"
         await self._owner.publish(subject, json.dumps(request).encode(), reply=self._inbox)
 
-    async def _received(self, raw: Msg) -> None:
-        if raw.subject == self._inbox and not raw.reply.startswith("$JS.ACK."):
+    def _received(self, raw: Msg, inbox: str) -> None:
+        if inbox != self._inbox:
+            return  # of an earlier connection; it comes again
+        if raw.subject == inbox and not raw.reply.startswith("$JS.ACK."):
             self._status(raw.headers or {})
             return
         self._heard = asyncio.get_running_loop().time()
@@ -287,6 +302,7 @@ class Puller:
                 sequence=found.sequence,
                 delivered=found.delivered,
                 timestamp=found.timestamp,
+                epoch=self._epoch,
             )
         )
         self._queued_bytes += len(raw.data)
@@ -311,6 +327,7 @@ class Puller:
         log.debug("a pull request was refused", extra={"code": code, "reason": text})
         # 409 (deleted, leadership change, shutdown), 423, 503: look before asking again.
         self._suspect = True
+        self._epoch += 1
         if "deleted" not in text:
             self._refused_until = loop.time() + _PAUSE_AFTER_REFUSAL.total_seconds()
         self._wake.set()

@@ -607,16 +607,18 @@ async def test_an_inbox_that_forgets_before_the_stream_is_named_at_start(
     sessionmaker: Sessions,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The fixture's stream keeps messages for ever; an event could come again after pruning."""
+    """An event could come again after pruning: at start the log says so, and what mends it."""
     watch = Watch()
-    async with Effect(js_client, sessionmaker, observer=watch):
-        await publish(js_client, envelope())
-        await watch.until(Step.ACKED)
-    assert "OUTBOX_INBOX_RETENTION" in caplog.text
-    caplog.clear()
-    await js_client.delete_stream(stream)
-    await js_client.ensure_stream(stream, ["evt.>"], max_age=timedelta(days=1))
-    async with Effect(js_client, sessionmaker, observer=watch):
-        await publish(js_client, envelope())
-        await watch.until(Step.ACKED, 2)
-    assert "OUTBOX_INBOX_RETENTION" not in caplog.text
+    for number, (max_age, level) in enumerate(
+        [(timedelta(0), "WARNING"), (timedelta(days=9), "ERROR"), (timedelta(days=1), None)]
+    ):
+        await js_client.delete_stream(stream)
+        await js_client.ensure_stream(stream, ["evt.>"], max_age=max_age)
+        caplog.clear()
+        async with Effect(js_client, sessionmaker, observer=watch):
+            await publish(js_client, envelope())
+            await watch.until(Step.ACKED, number + 1)
+        found = [each for each in caplog.records if hasattr(each, "mend")]
+        assert [each.levelname for each in found] == ([level] if level else [])
+        mends = {"WARNING": "--max-age", "ERROR": "OUTBOX_INBOX_RETENTION="}
+        assert all(mends[each.levelname] in vars(each)["mend"] for each in found)

@@ -1,10 +1,14 @@
 """A pull loop goes on after restarts, says when its consumer is gone, and counts deliveries."""
 
 import asyncio
+import contextlib
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
+import nats.errors
 import pytest
 
 from outbox.embedded import EmbeddedNats
@@ -175,3 +179,61 @@ def test_both_forms_of_the_reply_subject_are_read() -> None:
     assert first.timestamp == datetime(2023, 11, 14, 22, 13, 20, 123456, UTC)
     for broken in ("", "_INBOX.a", "$JS.ACK.S.C.x.7.9.1.0", "$JS.ACK.S.C.1"):
         assert metadata(broken) is None
+
+
+async def test_an_ack_from_before_a_restore_is_not_taken_for_one_of_a_newer_message(
+    private_nats: EmbeddedNats, tmp_path: Path
+) -> None:
+    """The restored broker gives the sequence out once more, to a message that nobody handled."""
+    store, copy = private_nats.directory / "store", tmp_path / "copy"
+    async with JetStreamClient(private_nats.url) as client:
+        await client.ensure_stream("EVENTS", ["evt.>"])
+        async with _puller(client, "EVENTS") as puller:
+            private_nats.stop()
+            shutil.copytree(store, copy)
+            private_nats.start()
+            await _publish_anew(private_nats, b"old")
+            old = await _take(puller, within=20)
+            private_nats.kill()
+            shutil.rmtree(store)
+            shutil.copytree(copy, store)
+            private_nats.start()
+            await _publish_anew(private_nats, b"new")
+            new = await _take(puller, within=20)
+            assert (old.body, new.body) == (b"old", b"new")
+            assert (old.sequence, old.reply.split(".")[2:6]) == (1, new.reply.split(".")[2:6])
+            await puller.ack(old)
+            await client.client.flush()
+            assert await _unacked(client, "EVENTS") == 1
+            again = await _take(puller, within=20)
+            assert (again.body, again.delivered) == (b"new", 2)
+            await puller.ack(again)
+            async with asyncio.timeout(10):
+                while await _unacked(client, "EVENTS"):
+                    pass
+
+
+async def test_what_was_not_written_when_the_connection_ended_is_not_sent_on_the_next(
+    private_nats: EmbeddedNats,
+) -> None:
+    async with JetStreamClient(private_nats.url) as client:
+        owner = client.client
+        private_nats.kill()
+        async with asyncio.timeout(10):
+            while client.is_connected:
+                with contextlib.suppress(nats.errors.Error, OSError):
+                    await owner.publish("evt.a", b"late")
+                await asyncio.sleep(0)
+        private_nats.start()
+        async with JetStreamClient(private_nats.url) as other:
+            heard = await other.client.subscribe("evt.a")
+            await other.client.flush()
+            assert await client.ready(timedelta(seconds=20))
+            await owner.publish("evt.a", b"new")
+            assert (await heard.next_msg(timeout=10)).data == b"new"
+
+
+async def _publish_anew(server: EmbeddedNats, body: bytes) -> None:
+    """Publish on a connection of its own: others may not have seen yet that theirs has ended."""
+    async with JetStreamClient(server.url) as client:
+        await client.js.publish("evt.a", body)
