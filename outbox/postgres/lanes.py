@@ -6,7 +6,7 @@ from uuid import UUID
 from outbox.postgres.driver import STATEMENT_SECONDS, Driver, translated
 from outbox.postgres.tables import raw
 
-# The condition of every write of the relay but the harmless settle. $1 lane, $2 owner, $3 epoch.
+# The condition of every write of the relay. $1 lane, $2 owner, $3 epoch.
 FENCE = """fence AS (
   SELECT 1 FROM {schema}.lane WHERE lane = $1::int2 AND owner = $2::uuid AND epoch = $3::int8
   FOR SHARE

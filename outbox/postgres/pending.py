@@ -76,26 +76,32 @@ LEFT JOIN LATERAL (
   ORDER BY id
 ) AS m ON true
 """
-# A row that another relay settled first is skipped. The xid is drawn after the page was read: it
-# is the barrier that the floor is proven with.
+# The xid is drawn after the page was read: it is the barrier that the floor is proven with. Fenced,
+# although a row that somebody settled first is skipped: a broker that was restored from an older
+# copy has lost what it acknowledged before, and the next holder looks for that in the archive once,
+# before it publishes. What came into the archive later would be missed.
 SETTLE_ARCHIVED = """
-WITH moved AS (
-  DELETE FROM {schema}.{source} WHERE id = ANY($1::int8[])
+WITH {fence}, moved AS (
+  DELETE FROM {schema}.{source} WHERE id = ANY($4::int8[]) AND EXISTS (SELECT 1 FROM fence)
   RETURNING id, event_id, slot, key, subject, headers, body, created_at
 ), kept AS (
   INSERT INTO {schema}.archive (id, event_id, slot, key, subject, headers, body, created_at,
                                 stream, sequence, published_at, day)
   SELECT m.*, c.stream, c.sequence, now(),
          CAST((CAST(floor(extract(epoch FROM now())) AS int8) / 86400) % 32 AS int2)
-  FROM moved AS m JOIN unnest($1::int8[], $2::int8[], $3::text[]) AS c(id, sequence, stream)
+  FROM moved AS m JOIN unnest($4::int8[], $5::int8[], $6::text[]) AS c(id, sequence, stream)
     ON c.id = m.id
   RETURNING 1
-) SELECT (SELECT count(*) FROM kept), CAST(pg_current_xact_id() AS text)
-"""
+) SELECT (SELECT count(*) FROM fence), (SELECT count(*) FROM kept),
+         CAST(pg_current_xact_id() AS text)
+""".replace("{fence}", FENCE)
 SETTLE_DELETED = """
-WITH moved AS (DELETE FROM {schema}.{source} WHERE id = ANY($1::int8[]) RETURNING 1)
-SELECT (SELECT count(*) FROM moved), CAST(pg_current_xact_id() AS text)
-"""
+WITH {fence}, moved AS (
+  DELETE FROM {schema}.{source} WHERE id = ANY($4::int8[]) AND EXISTS (SELECT 1 FROM fence)
+  RETURNING 1
+) SELECT (SELECT count(*) FROM fence), (SELECT count(*) FROM moved),
+         CAST(pg_current_xact_id() AS text)
+""".replace("{fence}", FENCE)
 MOVE_TO_WAITING = """
 WITH {fence}, moved AS (
   DELETE FROM {schema}.pending WHERE id = ANY($4::int8[]) AND EXISTS (SELECT 1 FROM fence)
@@ -157,14 +163,15 @@ async def read(
 async def settle(
     driver: Driver,
     schema: str,
+    fence: Fence,
     confirmed: Sequence[tuple[int, int, str]],
     *,
     archive: bool,
     source: str = "pending",
-) -> tuple[int, int]:
+) -> tuple[int, int] | None:
     """Move confirmed rows out of `source`; return how many this call moved, and its own xid.
 
-    A row that another relay settled first is skipped, so settling twice is harmless.
+    None when the lane is lost. A row that was settled before is skipped.
 
     Args:
         confirmed: id, stream sequence and stream of each row that the broker stored.
@@ -174,9 +181,11 @@ async def settle(
     sql = _from(SETTLE_ARCHIVED if archive else SETTLE_DELETED, source)
     columns = ([each[1] for each in confirmed], [each[2] for each in confirmed]) if archive else ()
     with translated():
-        row = await driver.fetchrow(raw(schema, sql), ids, *columns, timeout=STATEMENT_SECONDS)
+        row = await driver.fetchrow(
+            raw(schema, sql), *fence, ids, *columns, timeout=STATEMENT_SECONDS
+        )
     assert row is not None  # noqa: S101 - an aggregate always has a row
-    return int(row[0]), int(row[1])
+    return (int(row[1]), int(row[2])) if row[0] else None
 
 
 def wait_columns(waits: Sequence[Wait]) -> tuple[list[object], ...]:

@@ -5,13 +5,14 @@ from datetime import timedelta
 from typing import Literal
 
 from outbox.backoff import Backoff
+from outbox.envelope import added_at
 from outbox.postgres import pending, waiting
 from outbox.postgres.driver import Driver
 from outbox.postgres.pending import Dead, Wait
 from outbox.relay.flight import Flight
 from outbox.relay.lease import LaneLost, Lease
 from outbox.relay.page import State
-from outbox.telemetry import Moment, Observer, Step
+from outbox.telemetry import Fact, Moment, Observer, Step
 
 _BACKOFF = Backoff()
 _MISCONFIGURED = Backoff(first=timedelta(seconds=1), longest=timedelta(minutes=1))
@@ -50,7 +51,7 @@ class Settler:
         """Move every decided row of `flight` on.
 
         Raises:
-            LaneLost: another relay has the lane; it decides on what was not confirmed.
+            LaneLost: another relay has the lane; it publishes the page again, with the same ids.
             DatabaseUnavailable: what was not moved is published again, with the same id.
         """
         for index in flight.page.having(State.CONFIRMED):
@@ -59,11 +60,20 @@ class Settler:
             self._misconfigured.pop(flight.page.rows[index].subject, None)
         self._observer.on_step(Moment(Step.SETTLING, "relay", count=len(flight.confirmed)))
         flight.confirmed.sort()  # locks in id order
-        moved, barrier = await pending.settle(
-            self._driver, self._schema, flight.confirmed, archive=self._archive, source=source
+        found = await pending.settle(
+            self._driver,
+            self._schema,
+            self._lease.fence,
+            flight.confirmed,
+            archive=self._archive,
+            source=source,
         )
+        if found is None:
+            raise LaneLost("another relay took the lane")
+        moved, barrier = found
         if flight.confirmed:
-            self._observer.on_step(Moment(Step.SETTLED, "relay", count=moved))
+            facts = _facts(flight)[:moved] if self._observer.wants_events else ()
+            self._observer.on_step(Moment(Step.SETTLED, "relay", count=moved, events=facts))
         await self._bury(flight, source)
         await self._hold(flight, source)
         left = flight.page.having(State.UNSENT, State.SENT, State.UNKNOWN)
@@ -135,5 +145,6 @@ class Settler:
         return _MISCONFIGURED.delay(failures)
 
 
-class Silent(Observer):
-    """Told of everything, notes nothing."""
+def _facts(flight: Flight) -> list[Fact]:
+    rows = (flight.page.rows[index] for index in flight.page.having(State.CONFIRMED))
+    return [Fact(row.event_id, row.subject, added_at(row.event_id)) for row in rows]

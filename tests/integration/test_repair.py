@@ -4,19 +4,26 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import NullPool
+from typing_extensions import override
 
 from outbox import JetStreamClient, Relay, Settings
 from outbox.embedded import EmbeddedNats
-from outbox.telemetry import Step
+from outbox.telemetry import Moment, Step
 from tests.faults import Watch
 from tests.servers.events import count, insert, published
 
 STREAM = "EVENTS"
+TAKEN = """
+UPDATE outbox.lane SET owner = gen_random_uuid(), owner_name = 'elsewhere:0', epoch = epoch + 1,
+       expires_at = clock_timestamp() + interval '0.5 seconds'
+"""
 SUBJECTS = ["evt.>", "cmd.>", "dlq.>"]
 
 
@@ -191,3 +198,35 @@ async def test_stream_that_is_gone_for_good_holds_nothing_up(
     _, watch = await publish(engine, nats.url, 2)
     assert not watch.of(Step.REPAIRED)
     assert await count(engine, "archive") == 4
+
+
+async def test_what_a_former_holder_settles_late_stays_where_it_is(
+    engine: AsyncEngine, js_client: JetStreamClient, stream: str
+) -> None:
+    """Its acks may be of a broker that was restored meanwhile; the next holder has looked already.
+
+    The next holder publishes the rows again, under the same ids.
+    """
+    settings = Settings.defaults(stream=stream, lease=timedelta(seconds=1), publish_timeout=0.5)
+    ids = await insert(engine, ["k"] * 3)
+
+    class Elsewhere(Watch):
+        """Has the lane taken away while the settling statement is on its way."""
+
+        @override
+        def on_step(self, moment: Moment) -> None:
+            super().on_step(moment)
+            if moment.step is Step.SETTLING and moment.count and self.count(Step.SETTLING) == 3:
+                with create_engine(sync_url, poolclass=NullPool).begin() as connection:
+                    connection.execute(text(TAKEN))
+
+    sync_url = engine.url.set(drivername="postgresql+psycopg")
+    watch = Elsewhere()
+    async with Relay(engine, js_client, settings=settings, observer=watch):
+        await watch.until(Step.LANE_LOST)
+        assert watch.count(Step.SETTLED) == 0
+        assert await count(engine, "archive") == 0
+        await watch.until_events(Step.SETTLED, 3, within=20)
+    assert watch.count(Step.DUPLICATE) == 3
+    assert await published(js_client, stream) == ids
+    assert (await count(engine, "archive"), await count(engine, "pending")) == (3, 0)

@@ -11,9 +11,13 @@ def broken(original: Callable[..., Any]) -> Callable[..., Any]:
     """Archive every row at sequence 0."""
 
     async def settle(
-        driver: Any, schema: str, confirmed: Sequence[tuple[int, int, str]], **more: Any
+        driver: Any,
+        schema: str,
+        fence: Any,
+        confirmed: Sequence[tuple[int, int, str]],
+        **more: Any,
     ) -> Any:
         nowhere = [(each, 0, stream) for each, _, stream in confirmed]
-        return await original(driver, schema, nowhere, **more)
+        return await original(driver, schema, fence, nowhere, **more)
 
     return settle
