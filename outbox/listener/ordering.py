@@ -13,7 +13,7 @@ import heapq
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
@@ -30,8 +30,10 @@ from outbox.jetstream.pulling import ConsumerGone, Message, Puller
 from outbox.listener.attempt import DATABASE_SECONDS, InHand
 from outbox.listener.dead import header_bytes, header_key
 from outbox.listener.handling import Handling
+from outbox.postgres import inbox
 from outbox.postgres.dead_letters import printable
 from outbox.postgres.ordering import Held, Place, Queue
+from outbox.telemetry import Step
 
 logger = logging.getLogger(__name__)
 BATCH = 500  # messages that are held by one statement, and places that are read by one
@@ -176,15 +178,38 @@ class Ordered:
             while puller.waiting and len(messages) < BATCH:
                 messages.append(await puller.next())
             try:
-                async with self._transaction() as session:
-                    await self._queue.hold(session, created, [_held(each) for each in messages])
+                duplicates = await self._hold(created, messages)
             except BaseException:
                 for message in messages:
                     await puller.nak(message)
                 raise
+            for message in duplicates:
+                self.handling.tell(Step.DUPLICATE, message)
             for message in messages:
                 await puller.ack(message)
             self._work.set()
+
+    async def _hold(self, created: str, messages: Sequence[Message]) -> list[Message]:
+        """Move messages into the queue; return those that the inbox knows, which need no place.
+
+        A consumer that was made again delivers the whole stream once more.
+        """
+        keys = [self.handling.key(message) for message in messages]
+        async with self._transaction() as session:
+            known = await inbox.known(
+                session,
+                self.schema,
+                listener=self.identity,
+                event_ids=[key for key in keys if key is not None],
+            )
+            new = [
+                _held(message)
+                for message, key in zip(messages, keys, strict=True)
+                if key not in known
+            ]
+            if new:
+                await self._queue.hold(session, created, new)
+        return [message for message, key in zip(messages, keys, strict=True) if key in known]
 
     # ---- out ---------------------------------------------------------------------------------
 

@@ -55,6 +55,18 @@ DELETE FROM {schema}.inbox WHERE ctid = ANY(ARRAY(
   WHERE processed_at < now() - CAST(:older_than AS interval) LIMIT CAST(:limit AS int)
 ))
 """
+KNOWN = """
+SELECT event_id FROM {schema}.inbox
+WHERE listener = CAST(:listener AS text) AND event_id = ANY(CAST(:event_ids AS uuid[]))
+"""
+
+
+async def known(
+    session: AsyncSession, schema: str, *, listener: str, event_ids: Sequence[UUID]
+) -> set[UUID]:
+    """Return those of `event_ids` that the listener has finished with."""
+    values = {"listener": listener, "event_ids": list(event_ids)}
+    return set((await session.execute(statement(schema, KNOWN), values)).scalars())
 
 
 async def record(

@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -104,7 +105,8 @@ class Journal:
 
     def note(self, what: str, **facts: Any) -> None:
         """Append a line."""
-        line = json.dumps({"what": what, "pid": os.getpid(), **facts}, default=str)
+        at = round(time.time(), 3)
+        line = json.dumps({"what": what, "pid": os.getpid(), "at": at, **facts}, default=str)
         os.write(self._file, line.encode() + b"\n")
 
     def news(self) -> Iterator[dict[str, Any]]:

@@ -419,3 +419,24 @@ async def test_a_restored_broker_that_gives_sequences_out_twice_hides_no_event(
             await watch.until_events(Step.COMMITTED, 2, within=15)
     assert sorted(await seen(engine)) == [1, 2]
     assert await count(engine, "held") == 0
+
+
+async def test_what_a_consumer_that_was_made_again_repeats_is_acked_without_a_place(
+    engine: AsyncEngine,
+    sessionmaker: async_sessionmaker[AsyncSession],
+    js_client: JetStreamClient,
+    settings: Settings,
+) -> None:
+    """The whole stream comes again; what the inbox knows does not go through the queue."""
+    watch = Watch()
+    await send(js_client, [(f"k{n % 5}", n) for n in range(50)])
+    async with Ordered(js_client, sessionmaker, settings=settings, observer=watch) as listener:
+        await watch.until_events(Step.COMMITTED, 50)
+        received = watch.count(Step.HANDLED)
+        await js_client.api(f"CONSUMER.DELETE.{settings.stream}.{listener.identity}")
+        await watch.until_events(Step.DUPLICATE, 50, within=20)
+        await send(js_client, [("k0", 50)])
+        await watch.until_events(Step.COMMITTED, 51)
+    assert watch.count(Step.HANDLED) == received + 1
+    assert sorted(await seen(engine)) == list(range(51))
+    assert await count(engine, "held") == 0
