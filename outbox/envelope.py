@@ -110,6 +110,13 @@ def uuid7_text() -> str:
     return f"{head[1]}{tick & 0xFFF:03x}-{tail[:4]}-{tail[4:]}"
 
 
+def added_at(event_id: str) -> float | None:
+    """Return when an id of version 7 was made, in POSIX seconds; None for ids of other versions."""
+    if event_id[14:15] != "7":
+        return None
+    return int(event_id[:8] + event_id[9:13], 16) / 1000
+
+
 def uuid7() -> UUID:
     """Return a UUID of version 7, above all before it in this process."""
     return UUID(uuid7_text())

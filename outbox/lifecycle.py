@@ -3,11 +3,34 @@
 import asyncio
 import logging
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """What a worker says about itself, without asking anybody."""
+
+    running: bool
+    connected: bool  # to the broker
+
+    @property
+    def ok(self) -> bool:
+        """True while it runs and nothing keeps it from its work."""
+        return self.running and self.problem is None
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong, in a few words; None when all is well."""
+        return self._hindrance() or (None if self.connected else "not connected to the broker")
+
+    def _hindrance(self) -> str | None:
+        """Return what else keeps it from its work."""
+        return None
 
 
 class Worker(ABC):
@@ -22,6 +45,7 @@ class Worker(ABC):
     def __init__(self, name: str) -> None:
         self.name = name
         self.stopping = asyncio.Event()  # read between batches; every sleep is cut short by it
+        self.ended = False  # whether it ran, and its work is over
         self._task: asyncio.Task[None] | None = None
         self._block: asyncio.Task[object] | None = None
         self._failure: BaseException | None = None
@@ -31,6 +55,10 @@ class Worker(ABC):
     @abstractmethod
     async def _live(self) -> None:
         """Work until `stopping` is set; raise only what no retry can mend."""
+
+    def health(self) -> Health:
+        """Return how it does, without asking anybody."""
+        return Health(running=self.running, connected=True)
 
     @property
     def running(self) -> bool:
@@ -66,6 +94,7 @@ class Worker(ABC):
         if self.running:
             raise RuntimeError(f"{self.name} is running already")
         self.stopping.clear()
+        self.ended = False
         self._failure = None
         self._task = asyncio.create_task(self._live(), name=self.name)
         self._task.add_done_callback(self._ended)
@@ -120,6 +149,7 @@ class Worker(ABC):
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Cancel the block when the work failed while the block still runs."""
+        self.ended = True
         if task.cancelled() or (failure := task.exception()) is None:
             return
         if self._block is not None:

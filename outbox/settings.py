@@ -131,6 +131,10 @@ class Settings(BaseSettings):
     create_stream: bool = Field(
         default=False, description="create the stream at start when it is missing"
     )
+    metrics_port: int | None = Field(
+        None, ge=0, le=65_535, description="port of metrics and health; 0 takes a free one"
+    )
+    metrics_host: str = Field("0.0.0.0", description="address of that port")  # noqa: S104
     log_level: str = Field("INFO", description="level of the commands' logs")
     log_format: str = Field("console", description="'console' or 'json'")
 

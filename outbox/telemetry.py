@@ -3,8 +3,10 @@
 Metrics, traces and logs are observers. Tests wait on one, and kill the process in one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar, NamedTuple
 
 
 class Step(StrEnum):
@@ -14,6 +16,7 @@ class Step(StrEnum):
     READ = "read"  # a page was read from the outbox
     SENT = "sent"  # its frames were handed to the connection
     CONFIRMED = "confirmed"  # the broker has answered for the page
+    FAILED = "failed"  # rows of the page were not published; `reason` is a `FailureClass`
     SETTLING = "settling"  # the settling statement is about to run
     SETTLED = "settled"  # confirmed rows have left the outbox
     HELD = "held"  # rows have moved to `waiting`
@@ -36,6 +39,23 @@ class Step(StrEnum):
     OUTAGE_ENDED = "outage_ended"
 
 
+class FailureClass(StrEnum):
+    """Whose fault it is that an event was not published."""
+
+    UNAVAILABLE = "unavailable"  # an outage: nobody's, nothing is spent
+    MISCONFIGURED = "misconfigured"  # of the stream, or of permissions: it waits
+    REFUSED = "refused"  # of the event, perhaps: it spends an attempt
+    IMPOSSIBLE = "impossible"  # of the event: it is given up
+
+
+class Fact(NamedTuple):
+    """One event that a moment concerns."""
+
+    event_id: str
+    subject: str
+    added_at: float | None  # POSIX seconds; the relay knows it of ids of version 7 only
+
+
 @dataclass(frozen=True, slots=True)
 class Moment:
     """One step, with the facts known at it. Payloads are never among them."""
@@ -47,9 +67,9 @@ class Moment:
     subject: str | None = None
     reason: str | None = None
     attempt: int | None = None
-    seconds: float | None = None  # how long the step, or the outage, took
-    delay_seconds: float | None = None  # since the event was added
+    seconds: float | None = None  # how long the handler, or the outage, took
     sequence: int | None = None
+    events: Sequence[Fact] = ()  # of SETTLED and COMMITTED, for an observer that wants them
 
 
 class Observer:
@@ -57,6 +77,8 @@ class Observer:
 
     `on_step` is synchronous and must be quick; what it raises fails the step, as a crash would.
     """
+
+    wants_events: ClassVar[bool] = False  # whether moments carry `events`, which costs a little
 
     def on_step(self, moment: Moment) -> None:
         """Take note of `moment`; the default does nothing."""

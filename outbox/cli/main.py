@@ -6,7 +6,20 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from outbox.cli import contracts, dead, dev, doctor, logs, options, replay, services, tables, verify
+from outbox.cli import (
+    contracts,
+    dead,
+    dev,
+    doctor,
+    health,
+    logs,
+    observing,
+    options,
+    replay,
+    services,
+    tables,
+    verify,
+)
 from outbox.cli.running import finish, report
 from outbox.errors import OutboxError
 from outbox.settings import Settings
@@ -32,6 +45,12 @@ _EACH = {
         "find what could break the promise, and what mends it",
         """  outbox doctor --json     exit 1 when something breaks it
   outbox doctor --monitor http://nats:8222""",
+    ),
+    "health": (
+        health.health,
+        "ask a running relay or listener whether it is well",
+        """  outbox health --metrics-port 9464          exit 1, with reasons, when it is not ready
+  outbox health --live --metrics-port 9464   exit 1 when it has to be started again""",
     ),
     "dead": (
         dead.dead,
@@ -111,11 +130,14 @@ def _add_own(made: dict[str, argparse.ArgumentParser]) -> None:
         metavar="URL",
         help="monitoring port of nats-server, to see when it syncs its disk: http://nats:8222",
     )
+    health.add_arguments(made["health"])
     dead.add_arguments(made["dead"])
     replay.add_arguments(made["replay"])
     verify.add_arguments(made["verify"])
     contracts.add_arguments(made["contracts"])
     made["run"].add_argument("object", metavar="MODULE:NAME")
+    for name in ("listen", "run"):
+        observing.add_flags(made[name])
 
 
 if __name__ == "__main__":

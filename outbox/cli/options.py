@@ -58,7 +58,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     Raises:
         ConfigurationError: a value is out of range, or a variable is unknown.
     """
-    given = {field: getattr(arguments, field, None) for field, _, _ in _FLAGS.values()}
+    fields = [field for field, _, _ in _FLAGS.values()]
+    given = {field: getattr(arguments, field, None) for field in (*fields, "metrics_port")}
     return Settings.from_environment(**given)
 
 
@@ -92,18 +93,24 @@ def database_url(settings: Settings) -> URL:
 
 
 def engine(
-    settings: Settings, name: str, *, timeout: timedelta | None = None, sessions: int = 0
+    settings: Settings,
+    name: str,
+    *,
+    timeout: timedelta | None = None,
+    sessions: int = 0,
+    size: int = POOL_SIZE,
 ) -> AsyncEngine:
     """Return an engine whose sessions carry `name` and whose statements end in time.
 
     Args:
         sessions: what handlers hold at once, beside the few that every command needs.
+        size: those few.
     """
     limit = COMMAND_TIMEOUT if timeout is None else timeout
     return create_async_engine(
         database_url(settings),
         pool_pre_ping=True,
-        pool_size=POOL_SIZE + sessions,
+        pool_size=size + sessions,
         connect_args={
             "command_timeout": limit.total_seconds(),
             "server_settings": {"application_name": name},

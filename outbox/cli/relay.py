@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from outbox.cli import logs, options
+from outbox.cli import logs, observing, options
 from outbox.cli.progress import shown
 from outbox.cli.running import connect, finish, report
 from outbox.cli.stopping import serve, signals
@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **options.parser("outbox-relay", "Publishes events of the outbox to JetStream.", EXAMPLES)
     )
     parser.add_argument("--drain", action="store_true", help="end when nothing is pending")
+    observing.add_flags(parser)
     options.add_flags(parser)
     given = parser.parse_args(arguments)
     try:
@@ -41,8 +42,11 @@ async def _relay(settings: Settings) -> int:
     client = JetStreamClient.from_settings(settings, name="outbox-relay")
     try:
         with signals() as asked:
-            if await connect(client, asked):
-                await serve([Relay(engine, client, settings=settings)], settings, asked)
+            metrics = observing.observer(settings)
+            relay = Relay(engine, client, settings=settings, observer=metrics)
+            async with observing.observed([relay], settings, metrics, "outbox-relay"):
+                if await connect(client, asked):
+                    await serve([relay], settings, asked)
     finally:
         await client.close()
         await engine.dispose()

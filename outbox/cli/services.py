@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
-from outbox.cli import options
+from outbox.cli import observing, options
 from outbox.cli.running import connect
 from outbox.cli.stopping import serve, signals
 from outbox.errors import ConfigurationError
@@ -31,18 +31,22 @@ async def listen(settings: Settings, given: argparse.Namespace) -> int:
     try:
         with signals() as asked:
             async with AsyncExitStack() as stack:
-                if await connect(client, asked):
-                    await _create_stream(client, settings)
-                    workers: list[Worker] = []
-                    for name, each in found.items():
-                        made = each if _is_listener(each) else await _made(each, stack)
-                        if _is_listener(made):
-                            workers.append(_listener(made, name, client, engine, settings))
-                        else:
-                            workers += _workers(made, name)
-                    if not given.no_relay:
-                        workers.append(Relay(engine, client, settings=settings))
-                    await serve(workers, settings, asked)
+                metrics = observing.observer(settings)
+                arguments: dict[str, Any] = {"settings": settings}
+                arguments |= {} if metrics is None else {"observer": metrics}
+                workers: list[Worker] = []
+                for name, each in found.items():
+                    made = each if _is_listener(each) else await _made(each, stack)
+                    if _is_listener(made):
+                        workers.append(_listener(made, name, client, engine, arguments))
+                    else:
+                        workers += _workers(made, name)
+                if not given.no_relay:
+                    workers.append(Relay(engine, client, settings=settings, observer=metrics))
+                async with observing.observed(workers, settings, metrics, "outbox listen"):
+                    if await connect(client, asked):
+                        await _create_stream(client, settings)
+                        await serve(workers, settings, asked)
     finally:
         await client.close()
         await engine.dispose()
@@ -50,12 +54,14 @@ async def listen(settings: Settings, given: argparse.Namespace) -> int:
 
 
 async def run(settings: Settings, given: argparse.Namespace) -> int:
-    """Run the workers that the application makes by itself."""
+    """Run the workers that the application makes by itself; it gives them their observers, too."""
     found = _found(given.object)
     with signals() as asked:
         async with AsyncExitStack() as stack:
-            made = await _made(found, stack)
-            await serve(_workers(made, given.object), settings, asked)
+            workers = _workers(await _made(found, stack), given.object)
+            metrics = observing.observer(settings, workers)
+            async with observing.observed(workers, settings, metrics, "outbox run"):
+                await serve(workers, settings, asked)
     return options.EXIT_OK
 
 
@@ -83,14 +89,19 @@ def _is_listener(found: object) -> bool:
 
 
 def _listener(
-    made: Any, name: str, client: JetStreamClient, engine: AsyncEngine, settings: Settings
+    made: Any,
+    name: str,
+    client: JetStreamClient,
+    engine: AsyncEngine,
+    arguments: dict[str, Any],
 ) -> Worker:
     sessions = async_sessionmaker(engine, expire_on_commit=False)
     try:
-        worker: Worker = made(client, sessions, settings=settings)
+        worker: Worker = made(client, sessions, **arguments)
     except TypeError as error:
         raise ConfigurationError(
-            f"{name} cannot be made with (js_client, sessionmaker, settings=…): {error}; "
+            f"{name} cannot be made with (js_client, sessionmaker, "
+            f"{'=…, '.join(arguments)}=…): {error}; "
             "name a function without arguments that makes it"
         ) from error
     return worker

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +19,7 @@ from outbox.envelope import EventEnvelope
 from outbox.errors import DatabaseUnavailable, HandlerError, OutboxError
 from outbox.listener.guard import Guard, TransactionBroken, TransactionEscaped
 from outbox.postgres import attempts, inbox, redrive
-from outbox.telemetry import Moment, Observer, Step
+from outbox.telemetry import Fact, Moment, Observer, Step
 from outbox.writer import write_buffered
 
 logger = logging.getLogger(__name__)
@@ -180,6 +181,7 @@ class Attempt:
         event = new[0].event
         running = context.Running(event.event_id, event.correlation_id, self.service, session)
         clock = asyncio.timeout(self.timeout.total_seconds())
+        begun = time.monotonic()
         try:
             async with clock:
                 with context.handling(running):
@@ -195,7 +197,7 @@ class Attempt:
             if reason is None:
                 raise
             raise HandlerError(self.listener, event.event_id, reason) from error
-        self._tell(Step.HANDLED, new)
+        self._tell(Step.HANDLED, new, time.monotonic() - begun)
 
     def _breach(self, error: Exception, *, timed_out: bool) -> str | None:
         """Return how the handler broke its contract, None when it merely raised."""
@@ -212,8 +214,9 @@ class Attempt:
         except Exception as error:  # noqa: BLE001 - the handler's own error says more
             logger.debug("the transaction is over", extra={"error_type": type(error).__name__})
 
-    def _tell(self, step: Step, works: Sequence[Work]) -> None:
+    def _tell(self, step: Step, works: Sequence[Work], seconds: float | None = None) -> None:
         one = works[0].event if len(works) == 1 else None
+        wanted = step is Step.COMMITTED and self.observer.wants_events
         self.observer.on_step(
             Moment(
                 step,
@@ -222,9 +225,15 @@ class Attempt:
                 event_id=one.event_id if one else None,
                 subject=one.event_type if one else None,
                 attempt=one.delivery.attempt if one else None,
+                seconds=seconds,
+                events=[_fact(work.event) for work in works] if wanted else (),
                 sequence=one.delivery.sequence if one else None,
             )
         )
+
+
+def _fact(event: EventEnvelope[Any]) -> Fact:
+    return Fact(event.event_id, event.event_type, event.timestamp.timestamp())
 
 
 async def _begin(session: AsyncSession) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from hashlib import sha256
 from uuid import UUID, uuid5
 
@@ -28,6 +29,17 @@ _DEAD_LETTER = "dlq."
 _KEY = HEADER_KEY.lower()
 _SUBJECT = re.compile(r"[A-Za-z0-9_.-]{1,255}")
 SUBJECTS_MAX = 1000  # remembered; a wildcard may match any number
+
+
+class DeadReason(StrEnum):
+    """Why a listener gave an event up that it could read; `envelope.Malformed` has the others."""
+
+    ATTEMPTS = "attempts"  # its handler failed, or killed its process, as often as allowed
+    REJECTED = "rejected"  # the handler raised `Reject`
+    ON_ERROR = "on_error"  # `on_error` decided so
+    DISCARDED = "discarded"  # `on_error` decided that nobody needs to look
+    INVALID_PAYLOAD = "invalid_payload"
+    HANDLER_TRANSACTION = "handler_transaction"  # the handler ended the transaction
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ from outbox.errors import (
 )
 from outbox.jetstream.pulling import Message, Puller
 from outbox.listener.attempt import DATABASE_SECONDS, Attempt, ConnectionLost, InHand, Work
-from outbox.listener.dead import GivenUp, Undertaker, header_key
+from outbox.listener.dead import DeadReason, GivenUp, Undertaker, header_key
 from outbox.listener.guard import TransactionEscaped
 from outbox.listener.outage import Outage
 from outbox.postgres import attempts
@@ -107,6 +107,13 @@ class Handling:
         with self.logged(event):
             await self._event(puller, message, event)
 
+    def key(self, message: Message) -> UUID | None:
+        """Return the inbox's key of a message, None when it carries no event."""
+        try:
+            return inbox_key(self._parsed(message).event_id)
+        except MalformedMessage:
+            return None
+
     def read(self, message: Message, key: UUID) -> Work:
         """Return what a message carries, for the inbox key that it was given up under.
 
@@ -134,7 +141,7 @@ class Handling:
             event = self._with_payload(event)
         except Exception as error:  # noqa: BLE001 - a model's own validators raise anything
             text = summary(error) if isinstance(error, ValidationError) else type(error).__name__
-            await self._give_up(puller, message, Work(event, key), "invalid_payload", text)
+            await self._give_up(puller, message, Work(event, key), DeadReason.INVALID_PAYLOAD, text)
             return
         await self._work(puller, message, Work(event, key))
 
@@ -177,7 +184,7 @@ class Handling:
         seen = await self._seen(work)
         if seen.spent >= self.max_attempts:
             error = f"{seen.failed} failures and {seen.unfinished} starts without an end"
-            await self._give_up(puller, message, work, "attempts", error)
+            await self._give_up(puller, message, work, DeadReason.ATTEMPTS, error)
             return
         async with self._alone_or_not(alone=seen.unfinished > 0):
             if self.stopping.is_set():
@@ -286,7 +293,9 @@ class Handling:
         self, puller: Puller, message: Message, work: Work, error: TransactionEscaped
     ) -> None:
         """Give up an event whose handler ended the transaction: its inbox row may be committed."""
-        await self._give_up(puller, message, work, "handler_transaction", str(error), override=True)
+        await self._give_up(
+            puller, message, work, DeadReason.HANDLER_TRANSACTION, str(error), override=True
+        )
 
     async def _failed(
         self, puller: Puller, message: Message, work: Work, error: Exception, *, marked: bool
@@ -294,12 +303,12 @@ class Handling:
         decision = await self._decide(error, work)
         text = f"{type(error).__name__}: {error}"
         if decision is not Disposition.RETRY:
-            reason = "rejected" if isinstance(error, Reject) else "on_error"
+            reason = DeadReason.REJECTED if isinstance(error, Reject) else DeadReason.ON_ERROR
             await self._give_up(
                 puller,
                 message,
                 work,
-                "discarded" if decision is Disposition.DISCARD else reason,
+                DeadReason.DISCARDED if decision is Disposition.DISCARD else reason,
                 text,
                 discarded=decision is Disposition.DISCARD,
             )
@@ -314,7 +323,7 @@ class Handling:
         seen = await self._count(work, error, text, marked=marked)
         self.outage.ended()  # the database answers
         if seen.spent >= self.max_attempts:
-            await self._give_up(puller, message, work, "attempts", text)
+            await self._give_up(puller, message, work, DeadReason.ATTEMPTS, text)
             return
         delay = self._delay(error, seen.failed)
         self.tell(Step.RETRIED, message, event=work.event, reason=type(error).__name__)

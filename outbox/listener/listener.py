@@ -35,6 +35,7 @@ from outbox.listener.attempt import DATABASE_SECONDS, Attempt, Work, is_outage
 from outbox.listener.dead import Undertaker
 from outbox.listener.gaps import GapWatch
 from outbox.listener.handling import Disposition, Handling
+from outbox.listener.health import Health
 from outbox.listener.ordering import BATCH, Ordered
 from outbox.listener.outage import Outage
 from outbox.listener.redriving import Redriving
@@ -112,6 +113,17 @@ class Listener(Worker, Generic[P_co]):
         self._in_hand: dict[int, Message] = {}
         self._gaps = GapWatch(self.client, self.stream, self.identity, self.observer)
         self._prepared = False
+
+    @override
+    def health(self) -> Health:
+        """Return how this listener does, without asking anybody."""
+        return Health(
+            running=self.running,
+            connected=self.client.is_connected,
+            prepared=self._prepared,
+            in_hand=len(self._in_hand),
+            outage=self._outage.reason,
+        )
 
     def make_handling(self, kind: type[Handling] = Handling, **more: Any) -> Handling:
         """Return what handles this listener's messages; for the library's own subclasses."""

@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox.postgres.tables import statement
 
 EXACT_MAX = 10_000
+BACKLOG_MAX = 100_000
 
 # A row that is still due later is no backlog: it is counted as scheduled.
 PENDING = """
@@ -42,6 +43,11 @@ WHERE c.relkind = 'r' AND (
   c.oid = to_regclass(CAST(:name AS text))
   OR c.oid IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = to_regclass(CAST(:name AS text)))
 )
+"""
+OPEN_LETTERS = """
+SELECT side, reason, count(*) FROM (
+  SELECT side, reason FROM {schema}.dead_letter WHERE state = 'open' LIMIT CAST(:limit AS int8)
+) AS chosen GROUP BY side, reason
 """
 LANES = """
 SELECT lane, owner_name, epoch, owner IS NOT NULL AND expires_at > clock_timestamp(),
@@ -78,6 +84,33 @@ class LaneState:
     expires_in_seconds: float | None
     no_ack_seconds: float | None  # how long the owner has waited for one
     hindrance: str | None  # why it does not publish
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What waits for the relay, or for a person."""
+
+    pending: int
+    oldest: timedelta | None
+    scheduled: int
+    dead_letters: dict[tuple[str, str], int]  # open ones by side and reason
+
+
+async def backlog(connection: AsyncConnection, schema: str) -> Backlog:
+    """Count exactly up to 100,000 rows of each; of more pending ones the planner's estimate."""
+    values = {"limit": BACKLOG_MAX + 1}
+    pending, oldest = (await connection.execute(statement(schema, PENDING), values)).one()
+    if pending > BACKLOG_MAX:
+        estimate = await _estimate(connection, schema, ("pending", "waiting"))
+        pending = max(estimate, BACKLOG_MAX)
+    scheduled = (await connection.execute(statement(schema, SCHEDULED), values)).scalar_one()
+    letters = await connection.execute(statement(schema, OPEN_LETTERS), values)
+    return Backlog(
+        int(pending),
+        None if oldest is None else timedelta(seconds=max(0.0, oldest)),
+        int(scheduled),
+        {(str(side), str(reason)): int(number) for side, reason, number in letters},
+    )
 
 
 async def count(connection: AsyncConnection, schema: str) -> Counts:

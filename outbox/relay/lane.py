@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from outbox.relay.repair import Repair
 from outbox.relay.settling import Settled, Settler
 from outbox.relay.verdict import DeadReason
 from outbox.settings import OnDead, Settings
-from outbox.telemetry import Moment, Observer, Step
+from outbox.telemetry import FailureClass, Moment, Observer, Step
 
 logger = logging.getLogger(__name__)
 SWEEP = timedelta(seconds=30)
@@ -97,6 +98,7 @@ class Lane:
         self._waiting = Caution()
         self._suspicion = Suspicion()
         self._swept = time.monotonic()
+        self._owes = False  # rows of `waiting` are due, and the broker did not answer
         self.below_floor = 0  # rows that were found below the floor; must stay 0
         self.acked_at: float | None = None  # monotonic
         self.unanswered_since: float | None = None
@@ -237,7 +239,11 @@ class Lane:
         number, read = await task
         self._reading = None
         if not read.rows:
-            return await self._land(settler)
+            landed = await self._land(settler)
+            if not self._inbox.takers and not self._owes:  # nothing waits for an ack
+                self.unanswered_since = None
+                self._broker.over()
+            return landed
         self._observer.on_step(Moment(Step.READ, "relay", count=len(read.rows)))
         cap = self._pending.cap
         rows = read.rows[:cap] if cap else read.rows
@@ -371,6 +377,7 @@ class Lane:
     async def _publish_held(self, held: HeldRows, settler: Settler) -> None:
         """Publish what is due of `waiting`."""
         rows, behind = await held.due()
+        self._owes = False
         if not rows and not behind:
             return
         if self._waiting.cap:
@@ -383,6 +390,7 @@ class Lane:
         self._note_blocked(flight)
         await held.refresh({row.key for row in (*rows, *behind) if row.key is not None})
         if flight.outage is not None:
+            self._owes = True
             await self._back_off(flight.outage)
 
     # --- both --------------------------------------------------------------------------------
@@ -425,8 +433,19 @@ class Lane:
         if flight.confirmed or flight.outage is None:
             self.acked_at = time.monotonic()
             self.unanswered_since = self.acked_at if self._inbox.takers else None
+        self._tell_failures(flight)
         if flight.outage is None:
             self._broker.over()
+
+    def _tell_failures(self, flight: Flight) -> None:
+        unknown = len(flight.page.having(State.UNKNOWN)) if flight.outage is not None else 0
+        if not flight.verdicts and not unknown:
+            return
+        classes = Counter(verdict.failure for verdict in flight.verdicts.values())
+        classes[FailureClass.UNAVAILABLE] += unknown
+        for failure, count in classes.items():
+            if count:
+                self._observer.on_step(Moment(Step.FAILED, "relay", count=count, reason=failure))
 
     def _told_sent(self) -> Callable[[int], None]:
         return lambda count: self._observer.on_step(Moment(Step.SENT, "relay", count=count))

@@ -65,6 +65,7 @@ class Relay(Worker):
         self._shared: Driver | None = None
         self._turn = asyncio.Lock()
 
+    @override
     def health(self) -> Health:
         """Return how this relay does, without asking anybody."""
         lane, now = self._lane, time.monotonic()

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from outbox.telemetry import FailureClass
+
 
 class DeadReason(StrEnum):
     """Why the relay gave an event up."""
@@ -32,3 +34,10 @@ class Verdict:
     counted: bool = True  # False: the stream's or subject's fault, no attempt is spent
     republished: int | None = None
     reason: DeadReason | None = None  # given up
+
+    @property
+    def failure(self) -> FailureClass:
+        """Whose fault it is."""
+        if self.reason is not None:
+            return FailureClass.IMPOSSIBLE
+        return FailureClass.REFUSED if self.counted else FailureClass.MISCONFIGURED

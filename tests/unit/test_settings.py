@@ -47,6 +47,7 @@ def test_every_variable_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> No
         "OUTBOX_INBOX_RETENTION": "7200",
         "OUTBOX_CREATE_STREAM": "true",
         "OUTBOX_ON_DEAD": "park_key",
+        "OUTBOX_METRICS_PORT": "9464",
     }
     texts = {name: f"value-{n}" for n, name in enumerate(variables()) if name not in values}
     for name, value in (values | texts).items():

@@ -1,0 +1,1 @@
+"""Metrics, traces and health of relays and listeners; nothing here is needed to run them."""
