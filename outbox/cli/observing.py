@@ -41,6 +41,15 @@ def observer(settings: Settings, workers: Sequence[Worker] = ()) -> "Metrics | N
     return next((each for each in told if isinstance(each, Metrics)), None) or Metrics()
 
 
+def instrument() -> None:
+    """Trace this process when OpenTelemetry is installed; its own settings say where to."""
+    try:
+        from outbox.observe import tracing  # noqa: PLC0415 - an extra
+    except ImportError:
+        return
+    tracing.instrument()
+
+
 @asynccontextmanager
 async def observed(
     workers: Sequence[Worker], settings: Settings, metrics: "Metrics | None", name: str

@@ -42,6 +42,7 @@ async def _relay(settings: Settings) -> int:
     client = JetStreamClient.from_settings(settings, name="outbox-relay")
     try:
         with signals() as asked:
+            observing.instrument()
             metrics = observing.observer(settings)
             relay = Relay(engine, client, settings=settings, observer=metrics)
             async with observing.observed([relay], settings, metrics, "outbox-relay"):

@@ -31,6 +31,7 @@ async def listen(settings: Settings, given: argparse.Namespace) -> int:
     try:
         with signals() as asked:
             async with AsyncExitStack() as stack:
+                observing.instrument()
                 metrics = observing.observer(settings)
                 arguments: dict[str, Any] = {"settings": settings}
                 arguments |= {} if metrics is None else {"observer": metrics}
@@ -59,6 +60,7 @@ async def run(settings: Settings, given: argparse.Namespace) -> int:
     with signals() as asked:
         async with AsyncExitStack() as stack:
             workers = _workers(await _made(found, stack), given.object)
+            observing.instrument()
             metrics = observing.observer(settings, workers)
             async with observing.observed(workers, settings, metrics, "outbox run"):
                 await serve(workers, settings, asked)

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError, InternalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from outbox import context
+from outbox import context, tracing
 from outbox.envelope import EventEnvelope
 from outbox.errors import DatabaseUnavailable, HandlerError, OutboxError
 from outbox.listener.guard import Guard, TransactionBroken, TransactionEscaped
@@ -113,7 +113,8 @@ class Attempt:
                 return 0
             connection = (await session.connection()).sync_connection
             assert connection is not None  # noqa: S101 - the transaction is open on it
-            with Guard(session, connection, xid) as guard:
+            spanned = tracing.processing(self.listener, [work.event for work in new])
+            with spanned, Guard(session, connection, xid) as guard:
                 await self._handle(session, new, handle, guard)
                 await session.flush()
                 if marked:

@@ -21,6 +21,7 @@ from outbox.listener.attempt import DATABASE_SECONDS
 from outbox.postgres import attempts, dead_letters, inbox
 from outbox.postgres.dead_letters import DeadLetter
 from outbox.subjects import HEADER_KEY, HEADER_ORIGINAL_SUBJECT, dead_letter_subject, is_key
+from outbox.tracing import TRACE_HEADERS
 from outbox.writer import PendingEvent, enqueue
 
 BODY_BYTES_MAX = 64 * 1024  # of the original, in the `dlq.` event; the row keeps all
@@ -28,6 +29,7 @@ _NAMESPACE = UUID("7c0e5b6a-57a4-5d1f-9a62-0f6f4f0d5a11")
 _DEAD_LETTER = "dlq."
 _KEY = HEADER_KEY.lower()
 _SUBJECT = re.compile(r"[A-Za-z0-9_.-]{1,255}")
+_TRACE = re.compile(r"[\x20-\x7e]{1,512}")
 SUBJECTS_MAX = 1000  # remembered; a wildcard may match any number
 
 
@@ -160,7 +162,13 @@ class Undertaker:
             data=json.dumps(facts).encode(),
             metadata=json.dumps({"causation_id": given.event_text or str(given.key)}).encode(),
         )
-        headers = encode_headers({HEADER_ORIGINAL_SUBJECT: ascii(given.message.subject)[1:-1]})
+        traced = {
+            name.lower(): value
+            for name, value in given.message.headers.items()
+            if name.lower() in TRACE_HEADERS and _TRACE.fullmatch(value)
+        }
+        original = {HEADER_ORIGINAL_SUBJECT: ascii(given.message.subject)[1:-1]}
+        headers = encode_headers(original | traced)
         return PendingEvent(str(event_id), None, subject, headers, finished, None)
 
 

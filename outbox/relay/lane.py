@@ -17,6 +17,7 @@ from datetime import timedelta
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from outbox import tracing
 from outbox.errors import BrokerUnavailable
 from outbox.jetstream import provisioning
 from outbox.jetstream.client import ApiError, JetStreamClient
@@ -415,7 +416,8 @@ class Lane:
     async def _fly(self, flight: Flight, caution: Caution) -> None:
         """Send the page, wait for its acks, and find out what their absence means."""
         self.unanswered_since = self.unanswered_since or time.monotonic()
-        await flight.run()
+        with tracing.publishing(self._settings.stream, flight.page.rows):
+            await flight.run()
         refused = self._inbox.refused  # while the error is known: a new connection forgets it
         at_once = flight.sent_at is not None and time.monotonic() - flight.sent_at <= AT_ONCE
         disconnected = flight.outage is not None and not flight.connected

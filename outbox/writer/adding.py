@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
-from outbox import context, subjects
+from outbox import context, subjects, tracing
 from outbox.envelope import (
     check_source_service,
     encode,
@@ -190,12 +190,15 @@ class Outbox:
             data=data,
             metadata=more,
         )
+        plain = lines  # a repeat may come from another span
+        if tracing.installed is not None and not _has_trace(headers):
+            lines += tracing.installed.header_lines()
         if len(lines) + len(body) > self._bytes_max:
             size = f"{len(lines) + len(body)} bytes, at most {self._bytes_max}"
             raise InvalidEvent("payload", f"headers and body have {size}")
         given = None
         if event_id is not None:
-            given = (subject, key, lines, data, more, correlation, deliver_at)
+            given = (subject, key, plain, data, more, correlation, deliver_at)
         return PendingEvent(text, key, subject, lines, body, deliver_at, given)
 
     async def flush(self, session: AnySession) -> None:
@@ -277,7 +280,7 @@ def add_dead_letter(
         metadata,
         None,
     )
-    event.headers = encode_headers({subjects.HEADER_ORIGINAL_SUBJECT: original})
+    event.headers += encode_headers({subjects.HEADER_ORIGINAL_SUBJECT: original})
     _buffer(session, event, events._place)  # noqa: SLF001 - as above
     return event.event_id
 
@@ -357,6 +360,11 @@ def _header_lines(key: str | None, headers: Mapping[str, str] | None) -> bytes:
         own = {} if key is None else {subjects.HEADER_KEY: key}
         return encode_headers(own | dict(headers))
     return b"" if key is None else f"{subjects.HEADER_KEY}: {key}\r\n".encode()
+
+
+def _has_trace(headers: Mapping[str, str] | None) -> bool:
+    """Return whether the caller has given a trace context."""
+    return headers is not None and any(name.lower() in tracing.TRACE_HEADERS for name in headers)
 
 
 def _metadata(given: Mapping[str, Any] | None) -> bytes:
