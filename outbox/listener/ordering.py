@@ -14,11 +14,13 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 from uuid import uuid4
 
+from sqlalchemy.event import listen
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -132,8 +134,17 @@ class Ordered:
         return True
 
     async def _fence(self, session: AsyncSession) -> None:
-        """Refuse the commit of a handler whose lease another instance has taken meanwhile."""
-        if not await self._queue.is_mine(session):
+        """Refuse the commit of a handler whose lease another instance has taken meanwhile.
+
+        The event leaves the queue in the same transaction. Of a requeued dead letter there is none.
+        """
+        answer = _answering.get()
+        if answer is None:
+            mine = await self._queue.is_mine(session)
+        else:
+            mine = await self._queue.done_by_holder(session, answer.place)
+            listen(session.sync_session, "after_commit", answer.committed, once=True)
+        if not mine:
             raise InHand("another instance is active")
 
     async def _active(self, created: str) -> None:
@@ -326,8 +337,8 @@ class Ordered:
                     found = await self._first(session, place)
                 if found is not None and not await self._worked(found):
                     return  # its turn stays busy
-                if found is None and turn not in self._skipped:
-                    self._busy.discard(turn)
+                if turn not in self._skipped and (found is None or not found.more):
+                    self._busy.discard(turn)  # nothing behind it was there, nor was seen since
                     return
         except (OutboxError, SQLAlchemyError, OSError) as error:
             self._failure = error
@@ -344,6 +355,7 @@ class Ordered:
         if found.due_seconds > 0:
             answer.delay = timedelta(seconds=float(found.due_seconds))
         else:
+            _answering.set(answer)
             await self.handling.message(cast("Puller", answer), self._message(found))
         if answer.delay is not None:
             self._put_off(found.place, answer.delay)
@@ -392,19 +404,30 @@ class _Answer:
 
     def __init__(self, ordered: Ordered, place: Place) -> None:
         self._ordered = ordered
-        self._place = place
+        self.place = place
         self.delay: timedelta | None = None
+        self._gone = False  # with the handler's transaction
+
+    def committed(self, session: object) -> None:
+        """Note that the handler's transaction has committed, which has deleted the event."""
+        del session
+        self._gone = True
 
     async def ack(self, message: Message) -> None:
         """Finish with the event."""
         del message
-        await self._ordered.finish(self._place)
+        if not self._gone:
+            await self._ordered.finish(self.place)
 
     async def nak(self, message: Message, delay: timedelta = timedelta(0)) -> None:
         """Have the event tried again."""
         del message
         self.delay = delay
-        await self._ordered.postpone(self._place, delay)
+        await self._ordered.postpone(self.place, delay)
+
+
+# The event that is handled in this task.
+_answering: ContextVar[_Answer | None] = ContextVar("outbox_ordered_answer", default=None)
 
 
 def _turn(place: Place) -> str | Place:
@@ -429,4 +452,5 @@ def _held(message: Message) -> Held:
         0,
         0.0,
         parked=False,
+        more=False,
     )

@@ -49,6 +49,15 @@ WHERE (SELECT CASE WHEN current_setting('synchronous_commit') = 'off'
                    THEN set_config('synchronous_commit', 'on', true) ELSE '' END) IS NOT NULL
 ON CONFLICT DO NOTHING
 """
+# The event leaves the queue with the effect of its handler.
+DONE_BY_HOLDER = f"""
+WITH fence AS ({FENCE}), gone AS (
+  DELETE FROM {{schema}}.held WHERE listener = CAST(:listener AS text)
+    AND created = CAST(:created AS text) AND sequence = CAST(:sequence AS int8)
+    AND stored_at = CAST(:stored_at AS timestamptz) AND EXISTS (SELECT 1 FROM fence)
+)
+SELECT 1 FROM fence
+"""  # noqa: S608 - no value is built in
 PAGE = """
 SELECT created, sequence, stored_at, key FROM {schema}.held
 WHERE listener = CAST(:listener AS text)
@@ -61,7 +70,10 @@ _PARKS = """d.listener = CAST(:listener AS text) AND d.parks
 _ROW = f"""
 SELECT created, sequence, key, subject, headers, body, stored_at, epoch, delivered,
        greatest(extract(epoch FROM due_at - clock_timestamp()), 0),
-       EXISTS (SELECT 1 FROM {{schema}}.dead_letter AS d WHERE d.key = h.key AND {_PARKS})
+       EXISTS (SELECT 1 FROM {{schema}}.dead_letter AS d WHERE d.key = h.key AND {_PARKS}),
+       EXISTS (SELECT 1 FROM {{schema}}.held AS l
+               WHERE l.listener = h.listener AND l.key = h.key
+                 AND (l.created, l.sequence, l.stored_at) > (h.created, h.sequence, h.stored_at))
 FROM {{schema}}.held AS h WHERE listener = CAST(:listener AS text) """  # noqa: S608 - no value is built in
 _AT = """AND created = CAST(:created AS text) AND sequence = CAST(:sequence AS int8)
   AND stored_at = CAST(:stored_at AS timestamptz)"""
@@ -107,6 +119,7 @@ class Held(NamedTuple):
     delivered: int
     due_seconds: float  # until its next try
     parked: bool  # behind a dead letter of its key
+    more: bool  # later events of its key
 
     @property
     def place(self) -> Place:
@@ -140,6 +153,11 @@ class Queue:
     async def is_mine(self, session: AsyncSession) -> bool:
         """Return whether the lease is held still, and cannot be taken before the COMMIT."""
         return await session.scalar(self._sql(FENCE), self._fence) is not None
+
+    async def done_by_holder(self, session: AsyncSession, place: Place) -> bool:
+        """Delete an event in its handler's transaction; return what `is_mine` returns."""
+        values = self._fence | self._at(place)
+        return await session.scalar(self._sql(DONE_BY_HOLDER), values) is not None
 
     async def hold(self, session: AsyncSession, created: str, rows: Sequence[Held]) -> None:
         """Write messages of the stream's incarnation `created`; those that are here stay."""

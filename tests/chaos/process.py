@@ -50,6 +50,7 @@ async def _life(function: Main, orders: Orders) -> int:
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, asked.set)
+    loop.add_signal_handler(signal.SIGQUIT, _show_tasks)
     loop.add_signal_handler(signal.SIGUSR1, failing.arm, None)
     loop.add_signal_handler(signal.SIGUSR2, lambda: failing.arm(Failpoint.load(orders.told)))
     journal.note("started", role=orders.role, index=orders.index)
@@ -60,6 +61,12 @@ async def _life(function: Main, orders: Orders) -> int:
         return 1
     journal.note("ended", role=orders.role, index=orders.index)
     return 0
+
+
+def _show_tasks() -> None:
+    """Write what every task waits for into the log."""
+    for task in asyncio.all_tasks():
+        task.print_stack(file=sys.stderr)
 
 
 def engine(orders: Orders, database: str, *, pool: int = 5) -> AsyncEngine:

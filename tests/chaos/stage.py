@@ -184,6 +184,9 @@ class Stage:
             left = STOP_SECONDS - (time.monotonic() - begun)
             await asyncio.to_thread(child.process.join, max(left, 0.1))
             code = child.process.exitcode
+            if code is None:
+                child.signal(signal.SIGQUIT)  # its log says what it waits for
+                await asyncio.sleep(1)
             assert code is not None, f"L4: {role} {child.orders.index} did not stop in time"
             assert code in {0, 1, -signal.SIGKILL}, f"L4: {role} ended with {code}"
 
