@@ -32,8 +32,8 @@ class Plan:
     seed: int
     faults: Sequence[str] = tuple(FAULTS)
     mutant: str = ""
-    rate: float = 6.0
-    drain_seconds: float = 90.0
+    rate: float = 5.0
+    drain_seconds: float = 60.0  # without any progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +116,18 @@ async def _done(stage: Stage, kind: str) -> bool:
 
 
 async def _drain(stage: Stage, most: float) -> float:
-    begun = time.monotonic()
+    """Wait until nothing is left; end when nothing has moved for `most` seconds."""
+    begun = moved = time.monotonic()
     left = ""
-    while time.monotonic() - begun < most:
+    while time.monotonic() - moved < most:
         with contextlib.suppress(OSError, SQLAlchemyError, nats.errors.Error):
-            left = await stage.left()
-            if not left:
+            found = await stage.left()
+            if not found:
                 return time.monotonic() - begun
-            stage.journal.note("left", left=left)
-        await asyncio.sleep(0.25)
+            if found != left:
+                left, moved = found, time.monotonic()
+                stage.journal.note("left", left=left)
+        await asyncio.sleep(0.5)
     stage.journal.note("not_drained", left=left)
     return time.monotonic() - begun
 
