@@ -13,11 +13,12 @@ from outbox.cli import (
     doctor,
     health,
     logs,
+    migrate,
     observing,
     options,
     replay,
     services,
-    tables,
+    status,
     verify,
 )
 from outbox.cli.running import finish, report
@@ -34,8 +35,14 @@ EXAMPLES = """  outbox migrate                          make or upgrade the tabl
   outbox run app.main:workers             run relays and listeners of your own making
   outbox contracts --import app.events list   payloads and their subjects"""
 _EACH = {
-    "migrate": (tables.migrate, "make or upgrade the tables", "  outbox migrate"),
-    "status": (tables.show, "show how the outbox does", "  outbox status --json"),
+    "migrate": (migrate.migrate, "make or upgrade the tables", "  outbox migrate"),
+    "status": (
+        status.show,
+        "show how the outbox does",
+        """  outbox status --watch
+  outbox status --json
+  outbox status --database shop=postgresql://… --database mail=postgresql://…""",
+    ),
     "dev": (dev.dev, "run both servers until Ctrl-C", "  outbox dev --directory .outbox"),
     "demo": (dev.demo, "show exactly one effect per event", "  outbox demo"),
     "listen": (services.listen, "run listener classes", "  outbox listen app.events:SendMail"),
@@ -113,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_own(made: dict[str, argparse.ArgumentParser]) -> None:
     """Add the arguments that only one command has."""
     made["migrate"].add_argument("--sql", action="store_true", help="print the script, run nothing")
-    made["status"].add_argument("--json", action="store_true", help="print JSON")
+    status.add_arguments(made["status"])
     made["dev"].add_argument(
         "--directory", type=Path, metavar="PATH", help="keep the data here (default: temporary)"
     )

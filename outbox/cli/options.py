@@ -72,23 +72,28 @@ def database_url(settings: Settings) -> URL:
     text = settings.database_url.get_secret_value()
     if not text:
         raise ConfigurationError("no database is given: set OUTBOX_DATABASE_URL or --database-url")
+    return _parsed(text, "OUTBOX_DATABASE_URL")
+
+
+def _parsed(text: str, name: str) -> URL:
+    """Return the URL; what is wrong with it is said without it, for it may hold a secret."""
     try:
         url = make_url(text)
     except ArgumentError:
-        raise ConfigurationError("OUTBOX_DATABASE_URL is not a URL") from None  # it holds a secret
+        raise ConfigurationError(f"{name} is not a URL") from None
     except ValueError:  # SQLAlchemy's own would be a traceback with the whole URL
-        raise ConfigurationError("OUTBOX_DATABASE_URL: the port must be a number") from None
+        raise ConfigurationError(f"{name}: the port must be a number") from None
     if url.drivername in _DRIVERS:
         url = url.set(drivername="postgresql+asyncpg")
     if url.drivername != "postgresql+asyncpg":
-        raise ConfigurationError(f"OUTBOX_DATABASE_URL: {url.drivername} is not postgresql+asyncpg")
+        raise ConfigurationError(f"{name}: {url.drivername} is not postgresql+asyncpg")
     mode = url.query.get("sslmode")
     if mode is not None:
         url = url.difference_update_query(["sslmode"]).update_query_dict({"ssl": mode})
     unknown = sorted(url.query.keys() - _QUERY)
     if unknown:
         names = ", ".join(unknown)
-        raise ConfigurationError(f"OUTBOX_DATABASE_URL: asyncpg does not take {names} in its query")
+        raise ConfigurationError(f"{name}: asyncpg does not take {names} in its query")
     return url
 
 
@@ -99,16 +104,18 @@ def engine(
     timeout: timedelta | None = None,
     sessions: int = 0,
     size: int = POOL_SIZE,
+    url: str | None = None,
 ) -> AsyncEngine:
     """Return an engine whose sessions carry `name` and whose statements end in time.
 
     Args:
         sessions: what handlers hold at once, beside the few that every command needs.
         size: those few.
+        url: of another database than the settings'.
     """
     limit = COMMAND_TIMEOUT if timeout is None else timeout
     return create_async_engine(
-        database_url(settings),
+        database_url(settings) if url is None else _parsed(url, "--database"),
         pool_pre_ping=True,
         pool_size=size + sessions,
         connect_args={

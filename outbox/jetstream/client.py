@@ -100,7 +100,13 @@ class JetStreamClient:
         return f"<JetStreamClient {', '.join(self.addresses) or 'no servers'}: {state}>"
 
     @classmethod
-    def from_settings(cls, settings: Settings, *, name: str | None = None) -> Self:
+    def from_settings(
+        cls,
+        settings: Settings,
+        *,
+        name: str | None = None,
+        connect_timeout: timedelta = CONNECT_TIMEOUT,
+    ) -> Self:
         """Return a client of the servers and secrets in `settings`; it is not connected yet."""
         password, token = settings.nats_password, settings.nats_token
         return cls(
@@ -114,6 +120,7 @@ class JetStreamClient:
             nkeys_seed=settings.nats_nkeys_seed,
             credentials=settings.nats_credentials,
             name=name or settings.source_service or "outbox",
+            connect_timeout=connect_timeout,
         )
 
     @property

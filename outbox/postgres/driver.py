@@ -5,10 +5,10 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol, cast
 
 import asyncpg
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox.errors import ConfigurationError, DatabaseUnavailable
+from outbox.errors import ConfigurationError, DatabaseUnavailable, hide_parameters
 
 STATEMENT_SECONDS = 30.0  # asyncpg has no deadline of its own, and a dead link answers nothing
 # A role may carry other values; each one is needed. force_custom_plan: a generic plan made while
@@ -63,7 +63,10 @@ def translated() -> Iterator[None]:
         SQLAlchemyError,
         OSError,  # TimeoutError is one
     ) as error:
-        raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
+        hide_parameters(error)
+        # What the driver says; SQLAlchemy would add the statement.
+        said = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+        raise DatabaseUnavailable(f"{type(said).__name__}: {said}") from error
 
 
 @asynccontextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 import nats.errors
 from sqlalchemy.exc import SQLAlchemyError
 
+from outbox.errors import OutboxError
 from tests.chaos import checker
 from tests.chaos.checker import Checker, Report
 from tests.chaos.listeners import SUBJECTS
@@ -110,7 +111,7 @@ async def _one_after_another(stage: Stage, kinds: list[str], end: float) -> None
 
 async def _done(stage: Stage, kind: str) -> bool:
     """Do a fault; one that meets a server which another fault has taken away did not fire."""
-    with contextlib.suppress(OSError, RuntimeError, SQLAlchemyError):
+    with contextlib.suppress(OSError, RuntimeError, SQLAlchemyError, OutboxError):
         return await FAULTS[kind](stage)
     return False
 
