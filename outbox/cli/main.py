@@ -19,6 +19,7 @@ from outbox.cli import (
     replay,
     services,
     status,
+    trace,
     verify,
 )
 from outbox.cli.running import finish, report
@@ -66,6 +67,13 @@ _EACH = {
   outbox dead show 17 --payload
   outbox dead requeue 17 18 --note "mail server is back"
   outbox dead discard --reason rejected --older-than 7d --yes""",
+    ),
+    "trace": (
+        trace.show,
+        "show one event's life",
+        """  outbox trace 01a21395-0c14-7000-840c-e7c34cc33f3d
+  outbox trace 01a21395-0c14-7000-840c-e7c34cc33f3d \\
+    --database shop=postgresql://… --database mail=postgresql://…""",
     ),
     "replay": (
         replay.show,
@@ -139,6 +147,7 @@ def _add_own(made: dict[str, argparse.ArgumentParser]) -> None:
     )
     health.add_arguments(made["health"])
     dead.add_arguments(made["dead"])
+    trace.add_arguments(made["trace"])
     replay.add_arguments(made["replay"])
     verify.add_arguments(made["verify"])
     contracts.add_arguments(made["contracts"])

@@ -1,16 +1,31 @@
 """`status`: exact to 10,000 rows, estimated and marked beyond."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
+from typing_extensions import override
 
+from outbox import EventEnvelope, Listener, Outbox, Reject, Settings
+from outbox.cli.main import main
 from outbox.errors import ConfigurationError
 from outbox.jetstream.client import JetStreamClient
 from outbox.operate.status import status
 from outbox.postgres import counting, schema
 from outbox.relay import Relay
+from outbox.telemetry import Step
+from tests.faults import Watch
 from tests.servers.events import insert
 
 WAITING = """
@@ -32,8 +47,11 @@ async def test_status_of_empty_tables_has_every_key(engine: AsyncEngine) -> None
     assert await status(engine) == {
         "pending": 0,
         "oldest_pending_seconds": None,
+        "oldest_pending_subject": None,
+        "oldest_pending_key": None,
         "scheduled": 0,
         "published": 0,
+        "published_per_second": 0.0,
         "dead_letters": 0,
         "inbox": 0,
         "schema_version": schema.head(),
@@ -48,7 +66,12 @@ async def test_status_of_empty_tables_has_every_key(engine: AsyncEngine) -> None
                 "hindrance": None,
             }
         ],
+        "waiting": [],
+        "dead_letters_by": [],
+        "listeners": [],
+        "holders": [],
         "estimated": [],
+        "unseen": [],
     }
 
 
@@ -99,3 +122,146 @@ async def test_status_names_the_command_when_there_are_no_tables(empty_database_
     with pytest.raises(ConfigurationError, match="outbox migrate"):
         await status(engine)
     await engine.dispose()
+
+
+async def test_status_names_what_waits_and_which_subject_has_waited_for_longest(
+    engine: AsyncEngine,
+) -> None:
+    await insert(engine, ["k"], subject="evt.new.added.v1")
+    async with engine.begin() as connection:
+        await connection.execute(
+            text(WAITING.replace("1000000", "2")), {"reason": "failed", "rows": 2}
+        )
+        await connection.execute(text("UPDATE outbox.waiting SET attempts = 3, last_error = 'no'"))
+        await connection.execute(text(LETTERS))
+    found = await status(engine)
+    assert (found["oldest_pending_subject"], found["oldest_pending_key"]) == ("evt.a.b.v1", None)
+    assert found["waiting"] == [
+        {"reason": "failed", "events": 2, "attempts": 3, "last_error": "no"}
+    ]
+    assert found["dead_letters_by"] == [{"side": "relay", "reason": "refused", "count": 2}]
+
+
+class Reader(Listener):
+    """Reads what is added."""
+
+    subject = "evt.test.>"
+    queue_group = "reader"
+    service_name = "mail"
+
+    @override
+    async def on_message(self, session: AsyncSession, event: EventEnvelope) -> None:
+        if event.data.get("reject"):
+            raise Reject("no")
+
+
+async def test_status_shows_how_far_each_listener_is(
+    engine: AsyncEngine,
+    sessionmaker: async_sessionmaker[AsyncSession],
+    js_client: JetStreamClient,
+    stream: str,
+) -> None:
+    settings = Settings.defaults(stream=stream)
+    events, watch = Outbox("shop"), Watch()
+    async with sessionmaker() as session, session.begin():
+        for n in range(6):
+            events.add(session, "evt.test.added.v1", {"reject": n == 0})
+    assert (await Relay(engine, js_client, settings=settings).drain()).complete
+    async with Reader(js_client, sessionmaker, settings=settings, observer=watch):
+        await watch.until(Step.ACKED, 6)
+    async with sessionmaker() as session, session.begin():
+        events.add(session, "evt.test.added.v1", {})
+    assert (await Relay(engine, js_client, settings=settings).drain()).published == 2
+    found = await status(engine, client=js_client, stream=stream)
+    (reader,) = found["listeners"]
+    assert reader == {
+        "listener": "mail-reader",
+        "unread": 1,
+        "unacked": 0,
+        "handled_per_second": 0.1,
+        "retrying": 0,
+        "held": 0,
+        "dead_letters": 1,
+        "active": None,
+    }
+    assert found["published_per_second"] == pytest.approx(8 / 60)
+    assert found["unseen"] == []
+
+
+async def test_status_names_who_holds_the_vacuum_back(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("outbox.operate.status.HELD_SINCE", timedelta(0))
+    async with engine.connect() as connection:
+        await connection.execute(text("SELECT pg_current_xact_id()"))
+        pid = await connection.scalar(text("SELECT pg_backend_pid()"))
+        assert str(pid) in [each["name"] for each in (await status(engine))["holders"]]
+
+
+# ---- command ------------------------------------------------------------------------------------
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(["status", *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_status_without_a_broker_says_what_it_cannot_see(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OUTBOX_DATABASE_URL", database_url)
+    monkeypatch.setenv("OUTBOX_NATS_URL", "nats://127.0.0.1:1")
+    code, out, _ = run(capsys)
+    assert code == 0
+    assert "pending                 0" in out
+    assert "! not seen: how far listeners are: cannot connect to NATS" in out
+
+
+def test_status_of_several_databases_names_each_and_fails_for_one_that_is_away(
+    database_url: str,
+    nats_server: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("OUTBOX_NATS_URL", nats_server)
+    away = "postgresql://u:hunter2@127.0.0.1:1/none"
+    both = ("--database", f"shop={database_url}", "--database", f"mail={away}")
+    code, out, err = run(capsys, *both)
+    assert code == 1
+    assert "shop:\n  pending" in out
+    assert "mail:\n  error: " in out
+    code, out, err = run(capsys, *both, "--json")
+    assert code == 1
+    found = json.loads(out)["databases"]
+    assert found["shop"]["pending"] == 0
+    assert "error" in found["mail"]
+    assert "hunter2" not in out + err
+    code, _, err = run(capsys, "--database", "postgresql://x")
+    assert code == 2
+    assert "NAME=URL" in err
+
+
+def test_watch_shows_again_until_it_is_stopped(
+    database_url: str, nats_server: str, stream: str
+) -> None:
+    environment = os.environ | {
+        "OUTBOX_DATABASE_URL": database_url,
+        "OUTBOX_NATS_URL": nats_server,
+        "OUTBOX_STREAM": stream,
+    }
+    command = [sys.executable, "-m", "outbox.cli.main", "status", "--watch", "--json"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        looks = 0
+        for line in process.stdout:
+            looks += line.startswith("}")
+            if looks == 2:
+                process.send_signal(signal.SIGINT)
+                break
+        assert process.wait(timeout=20) == 0
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.wait()
