@@ -205,7 +205,8 @@ class Lane:
         await self._settled()
         await self._reader_free()
         try:
-            await repair.check()
+            if not await repair.check():
+                return False
         except BrokerUnavailable as error:
             await self._back_off(str(error))
             return False

@@ -70,43 +70,45 @@ class Repair:
             self._checked_at is None or time.monotonic() - self._checked_at >= CHECK.total_seconds()
         )
 
-    async def check(self) -> int:
-        """Move what the streams have lost to `waiting`; return how many events.
+    async def check(self) -> bool:
+        """Move what the streams have lost to `waiting`; return False when a stop cut it short.
 
-        Nothing may be published or settled meanwhile.
+        Nothing may be published or settled meanwhile, nor after a check that was cut short: what
+        is published stands above what was lost, and hides it.
 
         Raises:
             BrokerUnavailable: nobody could tell; nothing was moved.
             DatabaseUnavailable: what was not moved is found again by the next check.
             LaneLost: another relay checks.
         """
-        moved = 0
         archived = await confirming.streams(self._driver, self._schema)
         for stream in dict.fromkeys([self._usual, *archived]):
-            moved += await self._check_stream(stream)
+            if not await self._check_stream(stream):
+                return False
         self._checked_at = time.monotonic()
-        return moved
+        return True
 
-    async def _check_stream(self, stream: str) -> int:
+    async def _check_stream(self, stream: str) -> bool:
         """Check one stream; the database is read first, so that the stream knows of its rows."""
         newest = await confirming.newest(self._driver, self._schema, stream)
         before = await confirming.seen(self._driver, self._schema, stream)
         facts = await self._facts(stream)
         if facts is None:
-            return 0
+            return True
         if before is None:
             await self._note(stream, facts, before)
         elif before != facts.created:
-            return await self._recreated(stream, facts, before)
+            await self._recreated(stream, facts, before)
+            return True
         if newest is None or await self._standing(stream, facts, newest) is not Standing.LOST:
-            return 0
+            return True
         if await self._pause(SECOND_LOOK):
-            return 0
+            return False
         facts = await self._facts(stream)
-        if facts is None or await self._standing(stream, facts, newest) is not Standing.LOST:
-            return 0
-        survivor = await self._survivor(stream, facts, newest)
-        return await self._lose(stream, above=survivor, error=TAIL)
+        if facts is not None and await self._standing(stream, facts, newest) is Standing.LOST:
+            survivor = await self._survivor(stream, facts, newest)
+            await self._lose(stream, above=survivor, error=TAIL)
+        return True
 
     async def _facts(self, stream: str) -> StreamFacts | None:
         """Return what the broker says of the stream; None when it is gone and was not the usual."""
@@ -149,7 +151,7 @@ class Repair:
             else:
                 alive = row.sequence
 
-    async def _recreated(self, stream: str, facts: StreamFacts, before: str) -> int:
+    async def _recreated(self, stream: str, facts: StreamFacts, before: str) -> None:
         """Take for lost all that was published before the stream was created anew.
 
         What was published to the new one before this was noticed comes last, and stands.
@@ -165,13 +167,10 @@ class Repair:
             else:
                 low = middle + 1
         first = rows[low] if low < len(rows) else None
-        moved = await self._lose(
-            stream, above=0, before=first, max_age=facts.max_age, error=RECREATED
-        )
+        await self._lose(stream, above=0, before=first, max_age=facts.max_age, error=RECREATED)
         await self._note(stream, facts, before, since=first)
-        return moved
 
-    async def _lose(self, stream: str, *, above: int, error: str, **more: object) -> int:
+    async def _lose(self, stream: str, *, above: int, error: str, **more: object) -> None:
         self._lease.check()
         moved = await confirming.lose(
             self._driver,
@@ -190,7 +189,6 @@ class Repair:
                 extra={"stream": stream, "count": moved, "reason": error},
             )
             self._observer.on_step(Moment(Step.REPAIRED, "relay", count=moved, reason=error))
-        return moved
 
     async def _note(
         self, stream: str, facts: StreamFacts, before: str | None, *, since: Archived | None = None

@@ -1,11 +1,13 @@
 """What the broker loses after it acknowledged is sent again; what people took away is not."""
 
+import asyncio
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, text
@@ -15,6 +17,7 @@ from typing_extensions import override
 
 from outbox import JetStreamClient, Relay, Settings
 from outbox.embedded import EmbeddedNats
+from outbox.relay.repair import Repair, Standing
 from outbox.telemetry import Moment, Step
 from tests.faults import Watch
 from tests.servers.events import count, insert, published
@@ -230,3 +233,39 @@ async def test_what_a_former_holder_settles_late_stays_where_it_is(
     assert watch.count(Step.DUPLICATE) == 3
     assert await published(js_client, stream) == ids
     assert (await count(engine, "archive"), await count(engine, "pending")) == (3, 0)
+
+
+async def test_relay_that_is_stopped_before_it_is_sure_publishes_nothing_more(
+    engine: AsyncEngine,
+    private_nats: EmbeddedNats,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it would publish stands above what was lost; nobody would look below it again."""
+    url = private_nats.url
+    async with JetStreamClient(url) as client:
+        await client.ensure_stream(STREAM, SUBJECTS)
+    copy(private_nats, tmp_path / "kept")
+    lost, _ = await publish(engine, url, 5)
+    restore(private_nats, tmp_path / "kept")
+    late = await insert(engine, ["k"])
+    looked = asyncio.Event()
+    standing = Repair._standing
+
+    async def noted(*given: Any) -> Standing:
+        found = await standing(*given)
+        looked.set()
+        return found
+
+    monkeypatch.setattr(Repair, "_standing", noted)
+    monkeypatch.setattr("outbox.relay.repair.SECOND_LOOK", 60.0)
+    async with JetStreamClient(url) as client:
+        relay = Relay(engine, client, settings=Settings.defaults(stream=STREAM))
+        async with asyncio.timeout(20):
+            await relay.start()
+            await looked.wait()
+            await relay.stop()
+        assert await published(client, STREAM) == []
+    monkeypatch.setattr("outbox.relay.repair.SECOND_LOOK", 0.1)
+    await publish(engine, url)
+    assert await stored(url) == Counter([*lost, *late])
