@@ -25,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from outbox.envelope import decode_headers
-from outbox.errors import BrokerUnavailable, OutboxError
+from outbox.errors import OutboxError
 from outbox.jetstream import provisioning
 from outbox.jetstream.client import JetStreamClient
 from outbox.jetstream.pulling import ConsumerGone, Message, Puller
@@ -40,7 +40,7 @@ from outbox.telemetry import Step
 logger = logging.getLogger(__name__)
 BATCH = 500  # messages that are held by one statement, and places that are read by one
 SWEEP_SECONDS = 30.0
-COLLECT_LOOK = 0.2  # seconds between two looks at the consumer
+FLOOR_LOOK_FIRST, FLOOR_LOOK = 0.002, 0.2  # seconds between two looks at the consumer
 PARKED_LOOK = 1.0  # seconds between two looks at whether a person has decided
 START = Place("", 0, datetime.min.replace(tzinfo=UTC), None)
 
@@ -63,7 +63,10 @@ class Ordered:
     identity: str
     lease: timedelta
     _queue: Queue = field(init=False)
+    _created: str = field(default="", init=False)  # the stream's incarnation
     _cursor: Place = field(default=START, init=False)
+    _floor: int = field(default=0, init=False)  # all messages up to it have come into the queue
+    _waits: float = field(default=FLOOR_LOOK_FIRST, init=False)  # before the next look at it
     _busy: set[str | Place] = field(default_factory=set, init=False)  # turns at work, or waiting
     _later: list[tuple[float, int, Place]] = field(default_factory=list, init=False)  # a heap
     _order: int = field(default=0, init=False)
@@ -91,6 +94,7 @@ class Ordered:
             ConsumerGone: it has to be made again.
             OutboxError, SQLAlchemyError, OSError: an outage; begin anew after a while.
         """
+        self._created = created
         while not self.handling.stopping.is_set():
             if not await self._taken():
                 await self.pause(self.lease / 3)
@@ -122,7 +126,7 @@ class Ordered:
             return False
         self._queue = replace(self._queue, epoch=epoch)
         self.handling.attempt = replace(self.handling.attempt, fence=self._fence)
-        self._cursor = START
+        self._cursor, self._floor = START, 0
         self._busy.clear()
         self._skipped.clear()
         self._later.clear()
@@ -153,7 +157,7 @@ class Ordered:
             parts = {
                 asyncio.create_task(self._keep(), name="ordered-lease"),
                 asyncio.create_task(self._feed(puller, created), name="ordered-feed"),
-                asyncio.create_task(self._collect_and_work(), name="ordered-work"),
+                asyncio.create_task(self._work_all(), name="ordered-work"),
             }
             stopped = asyncio.create_task(self.handling.stopping.wait(), name="stop")
             try:
@@ -224,8 +228,7 @@ class Ordered:
 
     # ---- out ---------------------------------------------------------------------------------
 
-    async def _collect_and_work(self) -> None:
-        await self._collect()
+    async def _work_all(self) -> None:
         async with asyncio.TaskGroup() as tasks:  # which would wrap an outage into a group
             while not self._is_over():
                 try:
@@ -234,8 +237,6 @@ class Ordered:
                     self._failure = error
         if self._failure is not None:
             raise self._failure
-        if not self.handling.stopping.is_set():
-            raise BrokerUnavailable("reconnected: what was on its way has to be collected")
 
     async def _start_all(self, tasks: asyncio.TaskGroup) -> None:
         """Start what may be worked now; rest when that is nothing."""
@@ -247,32 +248,7 @@ class Ordered:
             await self._rest()
 
     def _is_over(self) -> bool:
-        """Return whether nothing more may be worked.
-
-        After a reconnect new messages come before those that were lost on the way.
-        """
-        return (
-            self._failure is not None
-            or self.handling.stopping.is_set()
-            or self.client.generation != self._generation
-        )
-
-    async def _collect(self) -> None:
-        """Wait until what the instance before had in hand has come again.
-
-        The broker delivers new messages first, and those of a dead instance only after the ack
-        wait; worked at once, an older event of a key could come after a newer one.
-        """
-        wanted: int | None = None
-        while not self.handling.stopping.is_set():
-            info = await provisioning.consumer_info(self.client, self.stream, self.identity)
-            if info is None:
-                raise ConsumerGone(f"consumer {self.identity} is gone")
-            if wanted is None:
-                wanted = int(info["delivered"]["stream_seq"])
-            if not info["num_ack_pending"] or int(info["ack_floor"]["stream_seq"]) >= wanted:
-                return
-            await self.pause(COLLECT_LOOK)
+        return self._failure is not None or self.handling.stopping.is_set()
 
     async def _start_due(self, tasks: asyncio.TaskGroup) -> int:
         """Start the heads whose next try has come."""
@@ -302,17 +278,50 @@ class Ordered:
         Now and then from the beginning: a message that was lost on its way comes late.
         """
         now = asyncio.get_running_loop().time()
+        if self.client.generation != self._generation:
+            # A broker that was restored meanwhile gives sequences out once more.
+            self._generation, self._floor, self._cursor = self.client.generation, 0, START
         if now - self._swept >= SWEEP_SECONDS:
             self._swept, self._cursor = now, START
         async with self._transaction() as session:
             page = await self._queue.page(session, self._cursor, BATCH)
+        beyond = await self._look_at_floor(page)
+        started = 0
         for place in page:
+            if self._floor < place.sequence <= beyond and place.created == self._created:
+                self._waits = min(2 * self._waits, FLOOR_LOOK)
+                return started
             if _turn(place) in self._busy:
                 self._skipped.add(_turn(place))
             else:
                 await self._start(tasks, place)
             self._cursor = place
-        return len(page)
+            started += 1
+        self._waits = FLOOR_LOOK_FIRST
+        return started
+
+    async def _look_at_floor(self, page: Sequence[Place]) -> int:
+        """Learn up to where all messages of the stream are in the queue, if `page` goes beyond.
+
+        What is not may be in the hands of an instance that is active no more, or was lost on its
+        way. It comes again after the ack wait, and newer messages come before: worked at once, they
+        would overtake it.
+
+        Returns:
+            The sequence that the stream has come to. What stands beyond it in the queue is of a
+            past of the broker's, and waits for nothing.
+        """
+        last = max((each.sequence for each in page if each.created == self._created), default=0)
+        if last <= self._floor:
+            return last
+        info = await provisioning.consumer_info(self.client, self.stream, self.identity)
+        if info is None:
+            raise ConsumerGone(f"consumer {self.identity} is gone")
+        self._floor = int(info["ack_floor"]["stream_seq"])
+        if last <= int(info["delivered"]["stream_seq"]):
+            return last
+        taken = await self.client.api(f"STREAM.INFO.{self.stream}")
+        return int(taken["state"]["last_seq"])
 
     async def _start(self, tasks: asyncio.TaskGroup, place: Place) -> None:
         self._busy.add(_turn(place))
@@ -323,6 +332,8 @@ class Ordered:
         """Sleep until something comes, or the next try of a head."""
         loop = asyncio.get_running_loop()
         seconds = self._later[0][0] - loop.time() if self._later else 1.0
+        if self._waits > FLOOR_LOOK_FIRST:
+            seconds = min(seconds, self._waits)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(min(seconds, 1.0), 0.001)):
                 await self._work.wait()
@@ -335,6 +346,9 @@ class Ordered:
                 self._skipped.discard(turn)
                 async with self._transaction() as session:
                     found = await self._first(session, place)
+                if found is not None and self._is_ahead(found.place, place):
+                    self._busy.discard(turn)  # the cursor has not come to it
+                    return
                 if found is not None and not await self._worked(found):
                     return  # its turn stays busy
                 if turn not in self._skipped and (found is None or not found.more):
@@ -345,6 +359,11 @@ class Ordered:
         finally:
             self._places.release()
             self._work.set()
+
+    def _is_ahead(self, found: Place, started: Place) -> bool:
+        """Return whether messages before `found` may be missing in the queue."""
+        allowed = max(self._floor, started.sequence)
+        return found.created == self._created and found.sequence > allowed
 
     async def _worked(self, found: Held) -> bool:
         """Have the event handled; return False when it waits: for its next try, or a person."""
