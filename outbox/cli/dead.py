@@ -4,22 +4,21 @@ import argparse
 import getpass
 import json
 import os
-import re
 import socket
 import sys
-from datetime import timedelta
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox.cli import options
-from outbox.errors import ConfigurationError
+from outbox.cli import asking, options
+from outbox.cli.values import age
+from outbox.errors import ConfigurationError, OutboxError
 from outbox.operate import redrive
-from outbox.postgres.redrive import Filter
+from outbox.postgres.redrive import Filter, Letter
 from outbox.settings import Settings
 
 ACTIONS = ("list", "show", "requeue", "discard")
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _DONE = {"requeue": "requeued", "discard": "discarded"}
 
 
@@ -32,9 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--subject", metavar="SUBJECT")
     chosen.add_argument("--listener", metavar="IDENTITY")
     chosen.add_argument("--reason", metavar="REASON")
-    chosen.add_argument("--older-than", type=_age, metavar="AGE", help="such as 90s, 15m, 2h, 7d")
-    chosen.add_argument("--newer-than", type=_age, metavar="AGE")
+    chosen.add_argument("--older-than", type=age, metavar="AGE", help="such as 90s, 15m, 2h, 7d")
+    chosen.add_argument("--newer-than", type=age, metavar="AGE")
     chosen.add_argument("--all", action="store_true", help="list closed ones too")
+    asking.add_databases(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--payload", action="store_true", help="show the body too")
     parser.add_argument("--yes", action="store_true", help="do not ask")
@@ -42,26 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--by", metavar="NAME", help="who does it (default: user@host)")
 
 
-def _age(text: str) -> timedelta:
-    found = re.fullmatch(r"(\d{1,6})([smhd])", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no age such as 90s, 15m, 2h or 7d")
-    return timedelta(**{_UNITS[found[2]]: int(found[1])})
-
-
 async def dead(settings: Settings, given: argparse.Namespace) -> int:
     """List, show, requeue or discard dead letters."""
-    engine = options.engine(settings, "outbox dead")
-    try:
-        match given.action:
-            case "list":
-                return await _list(engine, settings.schema_name, given)
-            case "show":
-                return await _show(engine, settings.schema_name, given)
-            case _:
-                return await _act(engine, settings.schema_name, given)
-    finally:
-        await engine.dispose()
+    async with asking.databases(settings, given, "outbox dead") as engines:
+        if given.action == "list":
+            return await _list(engines, settings.schema_name, given)
+        if len(engines) != 1:
+            raise ConfigurationError(f"{given.action} takes one --database: ids are its own")
+        (engine,) = engines.values()
+        act = _show if given.action == "show" else _act
+        return await act(engine, settings.schema_name, given)
 
 
 def _filter(given: argparse.Namespace, *, state: str | None) -> Filter:
@@ -77,22 +67,42 @@ def _filter(given: argparse.Namespace, *, state: str | None) -> Filter:
     )
 
 
-async def _list(engine: AsyncEngine, schema: str, given: argparse.Namespace) -> int:
+async def _list(engines: Mapping[str, AsyncEngine], schema: str, given: argparse.Namespace) -> int:
+    """List those of every database; return 1 when one could not be asked."""
     chosen = _filter(given, state=None if given.all else "open")
-    found = await redrive.listed(engine, schema, chosen)
+    found: list[tuple[str, Letter]] = []
+    away: dict[str, str] = {}
+    for name, engine in engines.items():
+        try:
+            found += [(name, each) for each in await redrive.listed(engine, schema, chosen)]
+        except OutboxError as error:
+            if not name:
+                raise
+            away[name] = str(error)
     if given.json:
-        print(json.dumps([each._asdict() for each in found], indent=2, default=str))
-        return options.EXIT_OK
-    for each in found:
-        who = each.listener or "relay"
-        state = "" if each.state == "open" else f" [{each.state}]"
-        when = each.failed_at.strftime("%Y-%m-%d %H:%M:%S")
-        print(f"{each.id:>6}  {when}  {who}  {each.subject}  {each.event_id}{state}")
-        print(f"{'':>8}{each.reason} after {each.attempts}: {_short(each.error)}")
-        if each.parks and each.state in {"open", "requeued"}:
-            print(f"{'':>8}later events of key {each.key} wait behind it")
-    print(f"{len(found):,} dead letters")
-    return options.EXIT_OK
+        named = [({"database": name} if name else {}) | each._asdict() for name, each in found]
+        print(json.dumps(named, indent=2, default=str))
+    else:
+        for name, each in found:
+            print("\n".join(_lines_of(name, each)))
+        print(f"{len(found):,} dead letters")
+    for name, reason in away.items():
+        print(f"outbox: database {name} was not seen: {reason}", file=sys.stderr)
+    return options.EXIT_FAILED if away else options.EXIT_OK
+
+
+def _lines_of(name: str, letter: Letter) -> list[str]:
+    who = letter.listener or "relay"
+    state = "" if letter.state == "open" else f" [{letter.state}]"
+    when = letter.failed_at.strftime("%Y-%m-%d %H:%M:%S")
+    where = f"{name}  " if name else ""
+    lines = [
+        f"{where}{letter.id:>6}  {when}  {who}  {letter.subject}  {letter.event_id}{state}",
+        f"{'':>8}{letter.reason} after {letter.attempts}: {_short(letter.error)}",
+    ]
+    if letter.parks and letter.state in {"open", "requeued"}:
+        lines.append(f"{'':>8}later events of key {letter.key} wait behind it")
+    return lines
 
 
 def _short(error: str) -> str:

@@ -16,9 +16,11 @@ from outbox.cli import (
     migrate,
     observing,
     options,
+    prune,
     replay,
     services,
     status,
+    tail,
     trace,
     verify,
 )
@@ -74,6 +76,19 @@ _EACH = {
         """  outbox trace 01a21395-0c14-7000-840c-e7c34cc33f3d
   outbox trace 01a21395-0c14-7000-840c-e7c34cc33f3d \\
     --database shop=postgresql://… --database mail=postgresql://…""",
+    ),
+    "tail": (
+        tail.show,
+        "print events as they are published",
+        """  outbox tail --subject 'evt.order.>'
+  outbox tail --key order-7 --since 2026-11-25T07:00Z --payload
+  outbox tail --json --count 10""",
+    ),
+    "prune": (
+        prune.show,
+        "delete what is past its retention, as the active relay does once a minute",
+        """  outbox prune --dry-run
+  outbox prune""",
     ),
     "replay": (
         replay.show,
@@ -148,6 +163,8 @@ def _add_own(made: dict[str, argparse.ArgumentParser]) -> None:
     health.add_arguments(made["health"])
     dead.add_arguments(made["dead"])
     trace.add_arguments(made["trace"])
+    tail.add_arguments(made["tail"])
+    prune.add_arguments(made["prune"])
     replay.add_arguments(made["replay"])
     verify.add_arguments(made["verify"])
     contracts.add_arguments(made["contracts"])

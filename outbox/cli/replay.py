@@ -4,12 +4,12 @@ import argparse
 import dataclasses
 import json
 import sys
-from datetime import UTC, datetime
 
 from pydantic import SecretStr
 
 from outbox.cli import options
 from outbox.cli.dead import whoami
+from outbox.cli.values import moment
 from outbox.errors import ConfigurationError
 from outbox.operate.replay import Replayed, Target, pattern_of, replay
 from outbox.postgres.replaying import Window
@@ -18,8 +18,8 @@ from outbox.settings import Settings
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what only this command has."""
-    parser.add_argument("--since", type=_time, metavar="TIME", help="of publication, with a zone")
-    parser.add_argument("--until", type=_time, metavar="TIME")
+    parser.add_argument("--since", type=moment, metavar="TIME", help="of publication, with a zone")
+    parser.add_argument("--until", type=moment, metavar="TIME")
     parser.add_argument("--subject", metavar="SUBJECT", help="NATS wildcards allowed")
     parser.add_argument("--key", metavar="KEY")
     parser.add_argument("--to", metavar="LISTENER", help="hand them to this identity alone")
@@ -32,16 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--by", metavar="NAME", help="who does it (default: user@host)")
-
-
-def _time(text: str) -> datetime:
-    try:
-        found = datetime.fromisoformat(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 2026-11-25T07:00Z") from None
-    if found.tzinfo is None:
-        raise argparse.ArgumentTypeError(f"{text!r} has no time zone; add Z for UTC")
-    return found.astimezone(UTC)
 
 
 async def show(settings: Settings, given: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ SELECT CAST(floor(extract(epoch FROM now())) AS int8) / 86400,
        86400 - CAST(floor(extract(epoch FROM now())) AS int8) % 86400
 """
 HOLDS_ROWS = "SELECT EXISTS (SELECT 1 FROM {schema}.archive_{leaf})"
+COUNT = "SELECT count(*) FROM {schema}.archive_{leaf}"
 EMPTY = "SET LOCAL lock_timeout = '2s'; TRUNCATE {schema}.archive_{leaf}"
 
 
@@ -35,6 +36,20 @@ async def turn(driver: Driver, schema: str, retention: timedelta) -> int:
     for leaf in stale_leaves(today, retention, near_midnight=seconds_left < MARGIN_SECONDS):
         emptied += await _empty(driver, schema, leaf)
     return emptied
+
+
+async def stale_rows(driver: Driver, schema: str, retention: timedelta) -> int:
+    """Return how many rows the leaves hold that `turn` would empty."""
+    with translated():
+        row = await driver.fetchrow(NOW, timeout=STATEMENT_SECONDS)
+        assert row is not None  # noqa: S101 - a scalar select always has a row
+        near_midnight = int(row[1]) < MARGIN_SECONDS
+        rows = 0
+        for leaf in stale_leaves(int(row[0]), retention, near_midnight=near_midnight):
+            sql = raw(schema, COUNT.replace("{leaf}", f"{leaf:02d}"))
+            found = await driver.fetchrow(sql, timeout=STATEMENT_SECONDS)
+            rows += 0 if found is None else int(found[0])
+    return rows
 
 
 def stale_leaves(today: int, retention: timedelta, *, near_midnight: bool) -> list[int]:

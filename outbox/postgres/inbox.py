@@ -55,6 +55,9 @@ DELETE FROM {schema}.inbox WHERE ctid = ANY(ARRAY(
   WHERE processed_at < now() - CAST(:older_than AS interval) LIMIT CAST(:limit AS int)
 ))
 """
+COUNT_OLDER = """
+SELECT count(*) FROM {schema}.inbox WHERE processed_at < now() - CAST(:older_than AS interval)
+"""
 KNOWN = """
 SELECT event_id FROM {schema}.inbox
 WHERE listener = CAST(:listener AS text) AND event_id = ANY(CAST(:event_ids AS uuid[]))
@@ -133,6 +136,13 @@ async def close(
         },
     )
     return found.scalar_one_or_none() is not None
+
+
+async def count_older(connection: AsyncConnection, schema: str, *, older_than: timedelta) -> int:
+    """Return how many rows `prune` would delete."""
+    values = {"older_than": older_than}
+    found = await connection.execute(statement(schema, COUNT_OLDER), values)
+    return int(found.scalar_one())
 
 
 async def prune(

@@ -244,3 +244,29 @@ def test_command_lists_shows_and_acts(
     assert "eve" in out
     for wrong in (["requeue"], ["show"], ["show", "99"], ["show", "1", "2"]):
         assert run(capsys, *wrong)[0] == 2
+
+
+async def test_letters_of_several_databases_are_listed_by_name(
+    engine: AsyncEngine, database_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with engine.begin() as connection:
+        await connection.execute(
+            text(
+                "INSERT INTO outbox.dead_letter (side, event_id, subject, headers, body, reason,"
+                " error, attempts) VALUES ('relay', gen_random_uuid(), 'evt.a', '', '', 'refused',"
+                " 'no', 1)"
+            )
+        )
+    here = ["--database", f"shop={database_url}"]
+    assert await asyncio.to_thread(main, ["dead", "list", *here, "--json"]) == 0
+    (letter,) = json.loads(capsys.readouterr().out)
+    assert (letter["database"], letter["reason"]) == ("shop", "refused")
+    away = ["--database", "mail=postgresql://u:pw1@127.0.0.1:1/x"]
+    assert await asyncio.to_thread(main, ["dead", "list", *here, *away]) == 1
+    out, err = capsys.readouterr()
+    assert "shop       1  " in out
+    assert "outbox: database mail was not seen: " in err
+    assert "pw1" not in out + err
+    assert await asyncio.to_thread(main, ["dead", "discard", "1", *here, *away]) == 2
+    assert "one --database" in capsys.readouterr().err
+    assert await asyncio.to_thread(main, ["dead", "discard", "1", *here]) == 0
