@@ -1,6 +1,7 @@
 """`outbox doctor` finds what a test has broken, and nothing where nothing is."""
 
 import json
+import os
 import socket
 from datetime import timedelta
 from pathlib import Path
@@ -11,14 +12,15 @@ from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from outbox import JetStreamClient, Settings
+from outbox import JetStreamClient, Relay, Settings
 from outbox.cli.main import main
-from outbox.embedded import EmbeddedNats
+from outbox.embedded import EmbeddedNats, EmbeddedPostgres
 from outbox.errors import BrokerUnavailable, ConfigurationError
 from outbox.findings import Finding, Severity
 from outbox.jetstream import examining, provisioning
 from outbox.operate import doctor
 from outbox.operate.doctor import examine
+from outbox.postgres import schema
 
 HOUR = 3_600_000_000_000
 
@@ -369,3 +371,75 @@ def test_command_exits_by_the_worst_finding(
     monkeypatch.setattr(doctor, "_of_server", lambda *_: [])  # the tests' own runs without fsync
     assert main(["doctor"]) == 0
     assert capsys.readouterr().out == "nothing breaks the promise\n"
+
+
+async def findings_of(
+    server: EmbeddedPostgres, client: JetStreamClient, settings: Settings
+) -> list[Finding]:
+    engine = create_async_engine(server.url, poolclass=NullPool)
+    return await examine(engine, client, settings, held_since=timedelta(0))
+
+
+async def test_standby_is_found_and_a_relay_refuses_it(
+    js_client: JetStreamClient, healthy: Settings
+) -> None:
+    """Its rows may be of a failed primary: a copy that recovers is one that is no primary."""
+    with EmbeddedPostgres() as server:
+        engine = create_async_engine(server.url, poolclass=NullPool)
+        await schema.upgrade(engine)
+        server.stop()
+        signal_file = server.directory / "data" / "standby.signal"
+        signal_file.touch()
+        owner = (server.directory / "data").stat()
+        os.chown(signal_file, owner.st_uid, owner.st_gid)
+        server.start()
+        found = await findings_of(server, js_client, healthy)
+        assert "the database is a standby" in told(found, Severity.ERROR)
+        with pytest.raises(ConfigurationError, match="standby"):
+            await Relay(engine, js_client, settings=healthy).run()
+
+
+async def test_settings_that_a_power_cut_punishes_are_found(
+    js_client: JetStreamClient, healthy: Settings
+) -> None:
+    with EmbeddedPostgres(options={"fsync": "off", "full_page_writes": "off"}) as server:
+        await schema.upgrade(create_async_engine(server.url, poolclass=NullPool))
+        errors = told(await findings_of(server, js_client, healthy), Severity.ERROR)
+    assert {"fsync is off", "full_page_writes is off"} <= set(errors)
+
+
+async def test_prepared_transactions_and_idle_slots_that_hold_the_vacuum_back_are_found(
+    js_client: JetStreamClient, healthy: Settings
+) -> None:
+    options = {"max_prepared_transactions": "5", "wal_level": "logical"}
+    with EmbeddedPostgres(options=options) as server:
+        engine = create_async_engine(server.url, poolclass=NullPool)
+        await schema.upgrade(engine)
+        await sql(engine, "SELECT pg_create_logical_replication_slot('idle', 'pgoutput')")
+        async with engine.connect() as connection:
+            await connection.execute(text("CREATE TABLE t ()"))
+            await connection.commit()
+            await connection.execute(text("INSERT INTO t DEFAULT VALUES"))
+            await connection.execute(text("PREPARE TRANSACTION 'left-over'"))
+        found = await findings_of(server, js_client, healthy)
+        mends = {each.mend for each in found if "is open" in each.what}
+        assert mends >= {"ROLLBACK PREPARED 'left-over'", "SELECT pg_drop_replication_slot('idle')"}
+        await sql(engine, *mends)
+        assert not [
+            each
+            for each in await findings_of(server, js_client, healthy)
+            if "left-over" in each.what or "idle" in each.what
+        ]
+
+
+async def test_clocks_that_differ_from_ours_are_found(
+    engine: AsyncEngine,
+    js_client: JetStreamClient,
+    healthy: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No clock is turned; the least difference counts here."""
+    monkeypatch.setattr(examining, "SKEW", timedelta(0))
+    found = told(await examine(engine, js_client, healthy), Severity.WARNING)
+    assert any("the database's clock is" in each for each in found)
+    assert any("the broker's clock is" in each for each in found)
