@@ -43,14 +43,19 @@ class Json(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def configure(settings: Settings) -> None:
+def configure(settings: Settings, *, quiet: bool = False) -> None:
     """Send all logs to stderr as the settings say.
+
+    Args:
+        quiet: warnings only, unless a level was set: of a command that only looks, or acts once.
 
     Raises:
         ConfigurationError: the level or the format does not exist.
     """
     formats: dict[str, type[logging.Formatter]] = {"console": Console, "json": Json}
     level = settings.log_level.upper()
+    if quiet and "log_level" not in settings.model_fields_set:
+        level = "WARNING"
     if level not in logging.getLevelNamesMapping():
         raise ConfigurationError(f"log_level (OUTBOX_LOG_LEVEL): {level!r} is not a level")
     if settings.log_format not in formats:

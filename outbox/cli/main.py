@@ -113,13 +113,16 @@ _EACH = {
 }
 
 
+RUNNING = {services.listen, services.run, dev.dev, dev.demo}  # their logs tell what they do
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     given = _parser().parse_args(arguments)
     work: Command = given.work
     try:
         settings = options.settings_of(given)
-        logs.configure(settings)
+        logs.configure(settings, quiet=work not in RUNNING)
     except OutboxError as error:
         return report(error)
     return finish(work(settings, given))

@@ -134,7 +134,8 @@ def test_one_screen_in_the_order_of_time(two: str, capsys: pytest.CaptureFixture
     assert all(each in out for each in told)
     assert SECRET not in out
     assert main(["trace", two]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err == ""
     assert f"added  {PLACED}, key order-7, from shop" in out
     assert "published to EVENTS at 1 (there)" in out
     assert SECRET not in out
