@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox.postgres.tables import statement
+from outbox.postgres.tables import distinct, statement
 
 ROWS_MAX = 100
 POOL_PROBES = 6  # transactions that should all have one backend
@@ -65,15 +65,10 @@ SELECT p.what FROM (VALUES
 LATERAL (SELECT privilege || ' ON ' || relation AS what) AS p
 WHERE NOT has_table_privilege(CAST(:schema AS text) || '.' || relation, privilege)
 """
-LISTENERS = """
-WITH RECURSIVE found AS (
-  (SELECT listener FROM {schema}.inbox ORDER BY listener LIMIT 1)
-  UNION ALL
-  SELECT (SELECT i.listener FROM {schema}.inbox AS i WHERE i.listener > f.listener
-          ORDER BY i.listener LIMIT 1)
-  FROM found AS f WHERE f.listener IS NOT NULL
-) SELECT listener FROM found WHERE listener IS NOT NULL LIMIT 100
-"""
+LISTENERS = f"""
+WITH RECURSIVE {distinct("inbox", "listener")}
+SELECT listener FROM found WHERE listener IS NOT NULL LIMIT 100
+"""  # noqa: S608 - no value is built in
 
 
 async def server(connection: AsyncConnection, schema: str) -> Server:

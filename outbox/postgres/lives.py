@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox.postgres.redrive import Letter
-from outbox.postgres.tables import statement
+from outbox.postgres.tables import distinct, statement
 
 SECONDS = 10  # for one look through a table
 CAUSED_MAX = 100
@@ -34,24 +34,18 @@ SELECT id, side, CAST(event_id AS text), subject, listener, reason, attempts, fa
        error, key, stream, sequence, state_at, state_by, parks
 FROM {schema}.dead_letter WHERE event_id = :id ORDER BY id LIMIT 100
 """
-# By the primary key, once for each listener that the inbox knows.
-_BY_LISTENER = """
-WITH RECURSIVE found AS (
-  (SELECT listener FROM {schema}.{table} ORDER BY listener LIMIT 1)
-  UNION ALL
-  SELECT (SELECT i.listener FROM {schema}.{table} AS i WHERE i.listener > f.listener
-          ORDER BY i.listener LIMIT 1)
-  FROM found AS f WHERE f.listener IS NOT NULL
-)
-SELECT t.{columns} FROM found AS f JOIN {schema}.{table} AS t
-  ON t.listener = f.listener AND t.event_id = :id ORDER BY 1
-"""
-INBOX = _BY_LISTENER.replace("{table}", "inbox").replace(
-    "{columns}", "listener, t.outcome, t.processed_at"
-)
-ATTEMPTS = _BY_LISTENER.replace("{table}", "attempt").replace(
-    "{columns}", "listener, t.failed, t.started, t.next_at, t.last_error, t.updated_at"
-)
+# By the primary key, once for each listener that the table knows.
+INBOX = f"""
+WITH RECURSIVE {distinct("inbox", "listener")}
+SELECT t.listener, t.outcome, t.processed_at FROM found AS f JOIN {{schema}}.inbox AS t
+  ON t.listener = f.listener AND t.event_id = :id ORDER BY t.listener
+"""  # noqa: S608 - no value is built in
+ATTEMPTS = f"""
+WITH RECURSIVE {distinct("attempt", "listener")}
+SELECT t.listener, t.failed, t.started, t.next_at, t.last_error, t.updated_at
+FROM found AS f JOIN {{schema}}.attempt AS t
+  ON t.listener = f.listener AND t.event_id = :id ORDER BY t.listener
+"""  # noqa: S608 - as above
 HELD = """
 SELECT listener, key, delivered, stored_at, due_at FROM {schema}.held
 WHERE position(CAST(:needle AS bytea) IN body) > 0 LIMIT 100

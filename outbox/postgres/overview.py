@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox.postgres.tables import statement
+from outbox.postgres.tables import distinct, statement
 
 SECONDS = 60  # that rates are taken over
 ROWS_MAX = 10_000
@@ -27,55 +27,43 @@ FROM (SELECT reason, attempts, last_error FROM {schema}.waiting LIMIT :rows_max)
 GROUP BY reason ORDER BY reason
 """
 # The newest rows of each stream, by its index; how many of them are of the last minute.
-PUBLISHED = """
-WITH RECURSIVE streams AS (
-  (SELECT stream FROM {schema}.archive ORDER BY stream LIMIT 1)
-  UNION ALL
-  SELECT (SELECT a.stream FROM {schema}.archive AS a WHERE a.stream > s.stream
-          ORDER BY a.stream LIMIT 1)
-  FROM streams AS s WHERE s.stream IS NOT NULL
-)
+PUBLISHED = f"""
+WITH RECURSIVE {distinct("archive", "stream")}
 SELECT count(*) FILTER (WHERE published_at > now() - make_interval(secs => :seconds)),
        count(*), extract(epoch FROM now() - min(published_at))
-FROM streams AS s, LATERAL (
-  SELECT published_at FROM {schema}.archive AS a WHERE a.stream = s.stream
+FROM found AS f, LATERAL (
+  SELECT published_at FROM {{schema}}.archive AS a WHERE a.stream = f.stream
   ORDER BY a.sequence DESC LIMIT :rows_max
 ) AS newest
-WHERE s.stream IS NOT NULL
-"""
+WHERE f.stream IS NOT NULL
+"""  # noqa: S608 - no value is built in
 HANDLED = """
 SELECT listener, count(*) FROM (
   SELECT listener FROM {schema}.inbox
   WHERE processed_at > now() - make_interval(secs => :seconds) LIMIT :rows_max
 ) AS recent GROUP BY listener
 """
-LISTENERS = """
-WITH RECURSIVE found AS (
-  (SELECT listener FROM {schema}.inbox ORDER BY listener LIMIT 1)
-  UNION ALL
-  SELECT (SELECT i.listener FROM {schema}.inbox AS i WHERE i.listener > f.listener
-          ORDER BY i.listener LIMIT 1)
-  FROM found AS f WHERE f.listener IS NOT NULL
-), names AS (
+LISTENERS = f"""
+WITH RECURSIVE {distinct("inbox", "listener")}, names AS (
   SELECT listener FROM found WHERE listener IS NOT NULL
-  UNION SELECT listener FROM {schema}.listener_lease
-  UNION SELECT listener FROM (SELECT listener FROM {schema}.attempt LIMIT :rows_max) AS a
+  UNION SELECT listener FROM {{schema}}.listener_lease
+  UNION SELECT listener FROM (SELECT listener FROM {{schema}}.attempt LIMIT :rows_max) AS a
   UNION SELECT listener FROM (
-    SELECT listener FROM {schema}.dead_letter
+    SELECT listener FROM {{schema}}.dead_letter
     WHERE state = 'open' AND listener IS NOT NULL LIMIT :rows_max) AS d
 )
 SELECT n.listener,
-       (SELECT count(*) FROM (SELECT 1 FROM {schema}.attempt AS a
+       (SELECT count(*) FROM (SELECT 1 FROM {{schema}}.attempt AS a
                               WHERE a.listener = n.listener LIMIT :rows_max) AS one),
-       (SELECT count(*) FROM (SELECT 1 FROM {schema}.held AS h
+       (SELECT count(*) FROM (SELECT 1 FROM {{schema}}.held AS h
                               WHERE h.listener = n.listener LIMIT :rows_max) AS one),
-       (SELECT count(*) FROM (SELECT 1 FROM {schema}.dead_letter AS d
+       (SELECT count(*) FROM (SELECT 1 FROM {{schema}}.dead_letter AS d
                               WHERE d.state = 'open' AND d.listener = n.listener
                               LIMIT :rows_max) AS one),
-       (SELECT l.owner_name FROM {schema}.listener_lease AS l
+       (SELECT l.owner_name FROM {{schema}}.listener_lease AS l
         WHERE l.listener = n.listener AND l.expires_at > clock_timestamp())
 FROM names AS n ORDER BY n.listener LIMIT 1000
-"""
+"""  # noqa: S608 - as above
 
 
 class Waiting(NamedTuple):

@@ -58,6 +58,21 @@ def raw(schema: str, sql: str) -> str:
     return sql.replace("{schema}", schema)
 
 
+def distinct(table: str, column: str) -> str:
+    """Return a CTE `found` of the distinct values of an index's first column, NULL at its end.
+
+    A loose index scan: one step for each value, however many rows there are. It needs WITH
+    RECURSIVE.
+    """
+    return f"""found AS (
+  (SELECT {column} FROM {{schema}}.{table} ORDER BY {column} LIMIT 1)
+  UNION ALL
+  SELECT (SELECT i.{column} FROM {{schema}}.{table} AS i WHERE i.{column} > f.{column}
+          ORDER BY i.{column} LIMIT 1)
+  FROM found AS f WHERE f.{column} IS NOT NULL
+)"""  # noqa: S608 - names of our own
+
+
 def _event_columns(created: FunctionElement[Any] | None = None) -> list[Column[Any]]:
     """Return the columns that an event carries from table to table."""
     return [
