@@ -13,6 +13,7 @@ from outbox.settings import Settings
 
 SECONDS = 5.0
 BYTES_MAX = 1_048_576
+ANY = {"", "0.0.0.0", "::"}  # noqa: S104 - addresses that a port is opened on, not asked at
 
 
 def add_arguments(target: argparse.ArgumentParser) -> None:
@@ -37,7 +38,8 @@ async def health(settings: Settings, given: argparse.Namespace) -> int:
     if not settings.metrics_port:
         raise ConfigurationError("no port is given: set OUTBOX_METRICS_PORT or --metrics-port")
     path = "/healthz" if given.live else "/readyz"
-    url = f"http://127.0.0.1:{settings.metrics_port}{path}"
+    host = "127.0.0.1" if settings.metrics_host in ANY else settings.metrics_host
+    url = f"http://{host}:{settings.metrics_port}{path}"
     try:
         ok, body = await asyncio.to_thread(_asked, url)
         found = json.loads(body)
