@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 BATCH = 500  # messages that are held by one statement, and places that are read by one
 SWEEP_SECONDS = 30.0
 FLOOR_LOOK_FIRST, FLOOR_LOOK = 0.002, 0.2  # seconds between two looks at the consumer
+AFTER_CANCELLATION = timedelta(seconds=1)
 PARKED_LOOK = 1.0  # seconds between two looks at whether a person has decided
 START = Place("", 0, datetime.min.replace(tzinfo=UTC), None)
 
@@ -356,6 +357,9 @@ class Ordered:
                     return
         except (OutboxError, SQLAlchemyError, OSError) as error:
             self._failure = error
+        except asyncio.CancelledError:  # a handler may cancel its own task; the key goes on
+            self._put_off(place, AFTER_CANCELLATION)
+            raise
         finally:
             self._places.release()
             self._work.set()

@@ -60,6 +60,11 @@ class Ordered(Listener):
             raise Retry("not yet", after=timedelta(seconds=0.02))
         if event.data.get("reject"):
             raise Reject("poison")
+        if event.data.get("cancels") and len(self.begun) == 1:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.sleep(0)
 
 
 @pytest.fixture(autouse=True)
@@ -468,3 +473,17 @@ async def test_what_somebody_else_has_in_hand_is_not_overtaken(
         assert json.loads((await taken.next_msg(timeout=10)).data)["data"]["n"] < 5
         await watch.until_events(Step.COMMITTED, 6, within=20)
     assert await seen(engine, "k") == list(range(6))
+
+
+async def test_handler_that_cancels_its_own_task_holds_its_key_up_for_a_moment_only(
+    engine: AsyncEngine,
+    sessionmaker: async_sessionmaker[AsyncSession],
+    js_client: JetStreamClient,
+    settings: Settings,
+) -> None:
+    """Nothing is raised to anybody, since a cancelled task has no error."""
+    watch = Watch()
+    await send(js_client, [("k", n) for n in range(3)], cancels=True)
+    async with Ordered(js_client, sessionmaker, settings=settings, observer=watch):
+        await watch.until_events(Step.COMMITTED, 3, within=20)
+    assert await seen(engine, "k") == [0, 1, 2]
