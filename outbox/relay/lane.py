@@ -242,7 +242,7 @@ class Lane:
         self._reading = None
         if not read.rows:
             landed = await self._land(settler)
-            if not self._inbox.takers and not self._owes:  # nothing waits for an ack
+            if not landed and not self._owes:  # nothing waits for an ack
                 self.unanswered_since = None
                 self._broker.over()
             return landed
