@@ -311,8 +311,8 @@ async def test_redelivered_event_is_seen_again_and_absorbed(
         Relay(engine, js_client, settings=settings),
         Count(js_client, sessionmaker, settings=settings, observer=watch),
     ):
-        newest = await published(js_client, SUBJECT, within=timedelta(seconds=5))
         await watch.until(Step.COMMITTED, 2)
+        newest = await published(js_client, SUBJECT, within=timedelta(seconds=5))
         assert newest.data["n"] == 2
         await redeliver(js_client, SUBJECT, event_id=first)
         await redeliver(js_client, SUBJECT)
