@@ -12,12 +12,13 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.cli import asking, options
-from outbox.cli.values import age
+from outbox.cli.values import age, short
 from outbox.errors import ConfigurationError, OutboxError
 from outbox.operate import redrive
 from outbox.postgres.redrive import Filter, Letter
 from outbox.settings import Settings
 
+WIDTH = 100  # of an error in the list
 ACTIONS = ("list", "show", "requeue", "discard")
 _DONE = {"requeue": "requeued", "discard": "discarded"}
 
@@ -98,16 +99,11 @@ def _lines_of(name: str, letter: Letter) -> list[str]:
     where = f"{name}  " if name else ""
     lines = [
         f"{where}{letter.id:>6}  {when}  {who}  {letter.subject}  {letter.event_id}{state}",
-        f"{'':>8}{letter.reason} after {letter.attempts}: {_short(letter.error)}",
+        f"{'':>8}{letter.reason} after {letter.attempts}: {short(letter.error, WIDTH)}",
     ]
     if letter.parks and letter.state in {"open", "requeued"}:
         lines.append(f"{'':>8}later events of key {letter.key} wait behind it")
     return lines
-
-
-def _short(error: str) -> str:
-    line = " ".join(error.split())
-    return line if len(line) <= 100 else f"{line[:99]}…"  # noqa: PLR2004 - a line of a terminal
 
 
 async def _show(engine: AsyncEngine, schema: str, given: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import sys
 import urllib.error
 import urllib.request
 
-from outbox.cli import options
+from outbox.cli import observing, options
 from outbox.errors import ConfigurationError
 from outbox.settings import Settings
 
@@ -24,13 +24,7 @@ def add_arguments(target: argparse.ArgumentParser) -> None:
         help="whether the process is alive, not whether it can do its work",
     )
     target.add_argument("--json", action="store_true", help="print JSON")
-    target.add_argument(
-        "--metrics-port",
-        dest="metrics_port",
-        type=int,
-        metavar="PORT",
-        help="the port that is asked (OUTBOX_METRICS_PORT)",
-    )
+    observing.add_port(target, "the port that is asked")
 
 
 async def health(settings: Settings, given: argparse.Namespace) -> int:

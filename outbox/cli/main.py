@@ -173,7 +173,7 @@ def _add_own(made: dict[str, argparse.ArgumentParser]) -> None:
     contracts.add_arguments(made["contracts"])
     made["run"].add_argument("object", metavar="MODULE:NAME")
     for name in ("listen", "run"):
-        observing.add_flags(made[name])
+        observing.add_port(made[name])
 
 
 if __name__ == "__main__":

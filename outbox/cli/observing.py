@@ -14,14 +14,16 @@ if TYPE_CHECKING:
     from outbox.observe.metrics import Metrics
 
 
-def add_flags(target: argparse.ArgumentParser) -> None:
-    """Add the flags of the port."""
+def add_port(
+    target: argparse.ArgumentParser, text: str = "serve /metrics, /healthz and /readyz"
+) -> None:
+    """Add the flag of the port."""
     target.add_argument(
         "--metrics-port",
         dest="metrics_port",
         type=int,
         metavar="PORT",
-        help="serve /metrics, /healthz and /readyz (OUTBOX_METRICS_PORT)",
+        help=f"{text} (OUTBOX_METRICS_PORT)",
     )
 
 

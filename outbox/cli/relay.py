@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **options.parser("outbox-relay", "Publishes events of the outbox to JetStream.", EXAMPLES)
     )
     parser.add_argument("--drain", action="store_true", help="end when nothing is pending")
-    observing.add_flags(parser)
+    observing.add_port(parser)
     options.add_flags(parser)
     given = parser.parse_args(arguments)
     try:

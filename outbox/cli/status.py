@@ -14,11 +14,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox.cli import asking, options
 from outbox.cli.stopping import signals
+from outbox.cli.values import short
 from outbox.errors import ConfigurationError, OutboxError
 from outbox.jetstream.client import JetStreamClient
 from outbox.operate.status import status
 from outbox.settings import Settings
 
+WIDTH = 60  # of an error in the table
 INTERVAL = 2.0  # seconds between two looks of --watch
 Rows = list[tuple[str, ...]]
 
@@ -139,7 +141,12 @@ def _database(found: Mapping[str, Any]) -> list[str]:
     lines += _table(
         ("waiting", "events", "attempts", "last error"),
         [
-            (w["reason"], f"{w['events']:,}", str(w["attempts"]), _short(w["last_error"]))
+            (
+                w["reason"],
+                f"{w['events']:,}",
+                str(w["attempts"]),
+                short(w["last_error"] or "-", WIDTH),
+            )
             for w in found["waiting"]
         ],
     )
@@ -202,11 +209,6 @@ def _listener(found: Mapping[str, Any]) -> tuple[str, ...]:
         *map(_number, counts),
         found["active"] or "-",
     )
-
-
-def _short(text: str | None) -> str:
-    line = " ".join((text or "-").split())
-    return line if len(line) <= 60 else f"{line[:59]}…"  # noqa: PLR2004 - the rest of a line
 
 
 def _table(head: tuple[str, ...], rows: Rows) -> list[str]:

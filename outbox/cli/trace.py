@@ -8,10 +8,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from outbox.cli import asking, options
+from outbox.cli.values import short
 from outbox.errors import OutboxError
 from outbox.operate.trace import Life, trace
 from outbox.settings import Settings
 
+WIDTH = 140  # of a wide terminal
 Line = tuple[datetime, str, str]  # when, which database, what
 
 
@@ -98,16 +100,16 @@ def _moments(name: str, life: Life) -> list[Line]:
     for each in life.dead_letters:
         who = each["listener"] or "relay"
         text = f"{who}: given up, {each['reason']} after {each['attempts']}: {each['error']}"
-        found.append((each["failed_at"], name, f"{_short(text)} (dead letter {each['id']})"))
+        found.append((each["failed_at"], name, f"{_line(text)} (dead letter {each['id']})"))
         for action in each["history"]:
             note = f": {action['note']}" if action["note"] else ""
             text = f"dead letter {each['id']}: {action['action']} by {action['by']}{note}"
-            found.append((action["at"], name, _short(text)))
+            found.append((action["at"], name, _line(text)))
     for each in life.attempts:
         text = (
             f"{each['listener']}: {each['failed']} failures, {each['started']} starts without end"
         )
-        found.append((each["updated_at"], name, _short(f"{text}: {each['last_error'] or '-'}")))
+        found.append((each["updated_at"], name, _line(f"{text}: {each['last_error'] or '-'}")))
     found += [
         (each["processed_at"], name, f"{each['listener']}: {each['outcome']}")
         for each in life.handled
@@ -142,7 +144,7 @@ def _waits(life: Life) -> list[str]:
         else:
             error = f": {each['last_error']}" if each["last_error"] else ""
             text = f"waits ({each['reason']}), {each['attempts']} attempts{error}"
-            found.append(_short(text))
+            found.append(_line(text))
     found += [
         f"is in the queue of {each['listener']}, delivered {each['delivered']} times"
         for each in life.held
@@ -154,6 +156,5 @@ def _waits(life: Life) -> list[str]:
     return found
 
 
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 140 else f"{line[:139]}…"  # noqa: PLR2004 - a wide terminal
+def _line(text: str) -> str:
+    return short(text, WIDTH)

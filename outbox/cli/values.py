@@ -1,4 +1,4 @@
-"""What people type as times and ages."""
+"""What people type as times and ages, and texts as a line shows them."""
 
 import argparse
 import re
@@ -24,3 +24,9 @@ def age(text: str) -> timedelta:
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no age such as 90s, 15m, 2h or 7d")
     return timedelta(**{_UNITS[found[2]]: int(found[1])})
+
+
+def short(text: str, width: int) -> str:
+    """Return `text` on one line of at most `width` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 1]}…"

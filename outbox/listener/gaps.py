@@ -47,9 +47,9 @@ class GapWatch:
         Raises:
             BrokerUnavailable: it cannot be asked.
         """
-        before = await self._info(f"STREAM.INFO.{self._stream}")
-        consumer = await self._info(f"CONSUMER.INFO.{self._stream}.{self._identity}")
-        after = await self._info(f"STREAM.INFO.{self._stream}")
+        before = await self._client.api(f"STREAM.INFO.{self._stream}")
+        consumer = await self._client.api(f"CONSUMER.INFO.{self._stream}.{self._identity}")
+        after = await self._client.api(f"STREAM.INFO.{self._stream}")
         if before["created"] != after["created"]:
             return 0  # another stream by now; the next look is at that
         self._remember(before, consumer)
@@ -81,6 +81,3 @@ class GapWatch:
                 self._known = int(state["first_seq"]) - 1
         if not consumer.get("num_pending") and not consumer.get("num_ack_pending"):
             self._known = max(self._known, int(state["last_seq"]))
-
-    async def _info(self, subject: str) -> dict[str, Any]:
-        return await self._client.api(subject)

@@ -18,6 +18,7 @@ from prometheus_client.core import (
     HistogramMetricFamily,
     Metric,
 )
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
@@ -90,7 +91,7 @@ class Metrics(Observer, Collector):
         self.delivery_delay: dict[str, Histogram] = defaultdict(lambda: Histogram(DELAYS))
         self._workers: Sequence[Worker] = ()
         self._sample = Sample()
-        self.registry = registry
+        self._registry = registry
         registry.register(self)
 
     def watch(self, workers: Sequence[Worker], sample: Sample) -> None:
@@ -100,6 +101,11 @@ class Metrics(Observer, Collector):
     def describe(self) -> list[Metric]:
         """Return nothing, so that registering collects nothing: it is too early to ask."""
         return []
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """Return the whole registry as a scrape that takes `accept` wants it, and its type."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
 
     # ---- counting ---------------------------------------------------------------------------
 

@@ -3,12 +3,10 @@
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -38,7 +36,6 @@ class Unread:
 class Sample:
     """What was seen last. What could not be asked is None or missing, never old."""
 
-    taken_at: float | None = None  # monotonic; of the last complete one
     backlog: Backlog | None = None
     database_problem: str | None = "the database was not asked yet"
     unread: dict[str, Unread] = field(default_factory=dict)  # by the listener's identity
@@ -57,43 +54,26 @@ class Sampler:
         schema_name: str = "outbox",
         *,
         listeners: Sequence[Listener[Any]] = (),
-        interval: timedelta = INTERVAL,
     ) -> None:
         self._engine = engine
         self._schema = schema_name
         self._listeners = listeners
-        self._interval = interval
-        self._task: asyncio.Task[None] | None = None
         self.sample = Sample()
         if engine is None:
             self.sample.database_problem = None
 
-    async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._run(), name="outbox-sampler")
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
-
     async def look(self) -> None:
         """Take one sample; what hinders it is in the sample, never raised."""
         await asyncio.gather(self._look_at_tables(), self._look_at_streams())
-        self.sample.taken_at = time.monotonic()
 
-    async def _run(self) -> None:
+    async def run(self) -> None:
+        """Take samples until cancelled."""
         while True:
             try:
                 await self.look()
             except Exception:  # a defect of ours; what is observed goes on
                 logger.exception("a sample failed")
-            await asyncio.sleep(self._interval.total_seconds())
+            await asyncio.sleep(INTERVAL.total_seconds())
 
     async def _look_at_tables(self) -> None:
         if self._engine is None:

@@ -1,5 +1,6 @@
 """`/metrics`, `/healthz` and `/readyz` of a process that runs relays and listeners."""
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Sequence
@@ -64,15 +65,18 @@ async def serving(
     async def scrape(request: Request) -> Answer:
         if metrics is None:
             return Answer(HTTPStatus.NOT_IMPLEMENTED, MISSING.encode(), "text/plain")
-        from prometheus_client.exposition import choose_encoder  # noqa: PLC0415 - an extra
-
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Answer(HTTPStatus.OK, encode(metrics.registry), content_type)
+        body, content_type = metrics.exposition(request.headers.get("accept", ""))
+        return Answer(HTTPStatus.OK, body, content_type)
 
     routes = {"/metrics": scrape, "/healthz": healthz, "/readyz": readyz}
-    async with sampler, Endpoint(host, port, routes) as endpoint:
-        logger.info("metrics and health", extra={"host": host, "port": endpoint.port})
-        yield endpoint
+    async with Endpoint(host, port, routes) as endpoint:
+        sampling = asyncio.create_task(sampler.run(), name="outbox-sampler")
+        try:
+            logger.info("metrics and health", extra={"host": host, "port": endpoint.port})
+            yield endpoint
+        finally:
+            sampling.cancel()
+            await asyncio.wait({sampling})
 
 
 def _json(status: HTTPStatus, found: dict[str, Any]) -> Answer:

@@ -54,7 +54,7 @@ async def _figures(connection: AsyncConnection, name: str) -> dict[str, Any]:
     version = await schema.version(connection, name)
     counts = await counting.count(connection, name)
     lanes = await counting.lanes(connection, name)
-    backlog = await counting.backlog(connection, name)
+    letters = await counting.open_letters(connection, name)
     oldest_event = await overview.oldest(connection, name)
     handled = await overview.handled_per_second(connection, name)
     numbers, oldest = counts.numbers, counts.oldest
@@ -73,7 +73,7 @@ async def _figures(connection: AsyncConnection, name: str) -> dict[str, Any]:
         "waiting": [each._asdict() for each in await overview.waiting(connection, name)],
         "dead_letters_by": [
             {"side": side, "reason": reason, "count": number}
-            for (side, reason), number in sorted(backlog.dead_letters.items())
+            for (side, reason), number in sorted(letters.items())
         ],
         "listeners": [
             each._asdict()

@@ -28,28 +28,29 @@ async def turn(driver: Driver, schema: str, retention: timedelta) -> int:
 
     A leaf that somebody reads is left for the next turn.
     """
-    with translated():
-        row = await driver.fetchrow(NOW, timeout=STATEMENT_SECONDS)
-    assert row is not None  # noqa: S101 - a scalar select always has a row
-    today, seconds_left = int(row[0]), int(row[1])
     emptied = 0
-    for leaf in stale_leaves(today, retention, near_midnight=seconds_left < MARGIN_SECONDS):
+    for leaf in await _stale(driver, retention):
         emptied += await _empty(driver, schema, leaf)
     return emptied
 
 
 async def stale_rows(driver: Driver, schema: str, retention: timedelta) -> int:
     """Return how many rows the leaves hold that `turn` would empty."""
+    rows = 0
+    for leaf in await _stale(driver, retention):
+        sql = raw(schema, COUNT.replace("{leaf}", f"{leaf:02d}"))
+        with translated():
+            found = await driver.fetchrow(sql, timeout=STATEMENT_SECONDS)
+        rows += 0 if found is None else int(found[0])
+    return rows
+
+
+async def _stale(driver: Driver, retention: timedelta) -> list[int]:
+    """Return the stale leaves by the database's clock."""
     with translated():
         row = await driver.fetchrow(NOW, timeout=STATEMENT_SECONDS)
-        assert row is not None  # noqa: S101 - a scalar select always has a row
-        near_midnight = int(row[1]) < MARGIN_SECONDS
-        rows = 0
-        for leaf in stale_leaves(int(row[0]), retention, near_midnight=near_midnight):
-            sql = raw(schema, COUNT.replace("{leaf}", f"{leaf:02d}"))
-            found = await driver.fetchrow(sql, timeout=STATEMENT_SECONDS)
-            rows += 0 if found is None else int(found[0])
-    return rows
+    assert row is not None  # noqa: S101 - a scalar select always has a row
+    return stale_leaves(int(row[0]), retention, near_midnight=int(row[1]) < MARGIN_SECONDS)
 
 
 def stale_leaves(today: int, retention: timedelta, *, near_midnight: bool) -> list[int]:

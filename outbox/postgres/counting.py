@@ -104,13 +104,19 @@ async def backlog(connection: AsyncConnection, schema: str) -> Backlog:
         estimate = await _estimate(connection, schema, ("pending", "waiting"))
         pending = max(estimate, BACKLOG_MAX)
     scheduled = (await connection.execute(statement(schema, SCHEDULED), values)).scalar_one()
-    letters = await connection.execute(statement(schema, OPEN_LETTERS), values)
     return Backlog(
         int(pending),
         None if oldest is None else timedelta(seconds=max(0.0, oldest)),
         int(scheduled),
-        {(str(side), str(reason)): int(number) for side, reason, number in letters},
+        await open_letters(connection, schema),
     )
+
+
+async def open_letters(connection: AsyncConnection, schema: str) -> dict[tuple[str, str], int]:
+    """Return how many open dead letters there are by side and reason, up to 100,000."""
+    values = {"limit": BACKLOG_MAX + 1}
+    found = await connection.execute(statement(schema, OPEN_LETTERS), values)
+    return {(str(side), str(reason)): int(number) for side, reason, number in found}
 
 
 async def count(connection: AsyncConnection, schema: str) -> Counts:
