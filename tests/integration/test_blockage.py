@@ -23,19 +23,15 @@ from outbox.telemetry import Step
 from outbox.testing import Result, deliver
 from tests.faults import Watch
 from tests.servers.events import count, insert, published
+from tests.servers.streams import change
 
 FULL, FREE = "evt.full.v1", "evt.free.v1"
-
-
-async def limit(client: JetStreamClient, stream: str, **changed: Any) -> None:
-    config = (await client.get_stream_info(stream))["config"]
-    await client.api(f"STREAM.UPDATE.{stream}", config | changed)
 
 
 async def test_subject_at_its_own_limit_waits_alone_and_goes_on_when_there_is_room(
     engine: AsyncEngine, js_client: JetStreamClient, stream: str
 ) -> None:
-    await limit(js_client, stream, max_msgs_per_subject=3, discard_new_per_subject=True)
+    await change(js_client, stream, max_msgs_per_subject=3, discard_new_per_subject=True)
     full = await insert(engine, ["k"] * 6 + [None] * 2, subject=FULL)
     free = [
         each
@@ -49,7 +45,7 @@ async def test_subject_at_its_own_limit_waits_alone_and_goes_on_when_there_is_ro
         assert set(free) < set(await published(js_client, stream))
         assert not watch.of(Step.OUTAGE_BEGAN)
         assert await count(engine, "dead_letter") == 0
-        await limit(js_client, stream, max_msgs_per_subject=100)
+        await change(js_client, stream, max_msgs_per_subject=100)
         await watch.until_events(Step.SETTLED, 11, within=20)
     sent = [each for each in await published(js_client, stream) if each in full[:6]]
     assert sent == full[:6]
@@ -59,7 +55,7 @@ async def test_subject_at_its_own_limit_waits_alone_and_goes_on_when_there_is_ro
 async def test_full_stream_that_also_limits_subjects_is_an_outage(
     engine: AsyncEngine, js_client: JetStreamClient, stream: str
 ) -> None:
-    await limit(
+    await change(
         js_client, stream, max_msgs=4, max_msgs_per_subject=100, discard_new_per_subject=True
     )
     await insert(engine, 10, subject=FREE)
@@ -69,7 +65,7 @@ async def test_full_stream_that_also_limits_subjects_is_an_outage(
         await watch.until(Step.OUTAGE_BEGAN)
         await watch.until_events(Step.SETTLED, 4)
         assert await count(engine, "waiting") == 0
-        await limit(js_client, stream, max_msgs=100)
+        await change(js_client, stream, max_msgs=100)
         await watch.until_events(Step.SETTLED, 10, within=20)
     assert await count(engine, "dead_letter") == 0
 

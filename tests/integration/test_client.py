@@ -4,7 +4,6 @@ import asyncio
 import base64
 import json
 import os
-import socket
 import ssl
 from datetime import timedelta
 from pathlib import Path
@@ -16,17 +15,11 @@ from outbox.embedded import EmbeddedNats
 from outbox.errors import BrokerUnavailable, ConfigurationError
 from outbox.jetstream.client import ApiError, JetStreamClient
 from outbox.settings import Settings
+from tests.servers.ports import free_port
 
 TLS = Path(__file__).parent.parent / "servers" / "tls"
 SOON = timedelta(seconds=2)
 LATER = timedelta(seconds=20)
-
-
-def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port: int = listening.getsockname()[1]
-        return port
 
 
 async def _answers(client: JetStreamClient) -> bool:
@@ -41,7 +34,7 @@ async def test_a_connection_answers_and_tells_its_limits(js_client: JetStreamCli
 
 
 async def test_a_missing_server_is_unavailable_and_no_secret_is_shown() -> None:
-    url = f"nats://merchant:hunter2@127.0.0.1:{_free_port()}"
+    url = f"nats://merchant:hunter2@127.0.0.1:{free_port()}"
     client = JetStreamClient(url, token="s3cret", connect_timeout=SOON)  # noqa: S106
     with pytest.raises(BrokerUnavailable) as caught:
         await client.connect()

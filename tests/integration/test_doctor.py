@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from outbox.jetstream import examining, provisioning
 from outbox.operate import doctor
 from outbox.operate.doctor import examine
 from outbox.postgres import schema
+from tests.servers.ports import free_port
+from tests.servers.streams import change
 
 HOUR = 3_600_000_000_000
 
@@ -32,23 +33,11 @@ async def healthy(js_client: JetStreamClient, stream: str) -> Settings:
     return Settings.defaults(stream=stream)
 
 
-async def change(client: JetStreamClient, stream: str, **changed: Any) -> None:
-    config = (await client.get_stream_info(stream))["config"]
-    await client.api(f"STREAM.UPDATE.{stream}", config | changed)
-
-
 async def sql(engine: AsyncEngine, *statements: str) -> None:
     async with engine.connect() as connection:
         autocommit = await connection.execution_options(isolation_level="AUTOCOMMIT")
         for each in statements:
             await autocommit.execute(text(each))
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port: int = listening.getsockname()[1]
-        return port
 
 
 def told(found: list[Finding], severity: Severity | None = None) -> list[str]:

@@ -3,7 +3,6 @@
 import json
 import logging
 from datetime import timedelta
-from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -15,6 +14,7 @@ from outbox.jetstream import provisioning
 from outbox.listener.gaps import GapWatch
 from outbox.telemetry import Step
 from tests.faults import Watch
+from tests.servers.streams import change
 
 SUBJECT = "evt.letter.written.v1"
 
@@ -43,11 +43,6 @@ async def publish(client: JetStreamClient, number: int, subject: str = SUBJECT) 
             "metadata": {},
         }
         await client.js.publish(subject, json.dumps(body).encode())
-
-
-async def change(client: JetStreamClient, stream: str, **changed: Any) -> None:
-    config = (await client.get_stream_info(stream))["config"]
-    await client.api(f"STREAM.UPDATE.{stream}", config | changed)
 
 
 async def drop_all_but(client: JetStreamClient, stream: str, kept: int) -> None:

@@ -22,6 +22,7 @@ from outbox.postgres.redrive import Filter
 from outbox.telemetry import Step
 from tests.faults import Watch
 from tests.servers.events import count
+from tests.servers.streams import change
 
 PLACED = "evt.order.placed.v1"
 SHIPPED = "evt.parcel.shipped.v1"
@@ -176,8 +177,7 @@ async def test_event_that_waits_shows_why_and_a_table_too_large_is_said(
     sessions = async_sessionmaker(engine)
     async with sessions() as session, session.begin():
         event_id = shop.add(session, "cmd.nobody.takes.v1", {})
-    config = (await js_client.get_stream_info(stream))["config"]
-    await js_client.api(f"STREAM.UPDATE.{stream}", config | {"subjects": ["evt.>", "dlq.>"]})
+    await change(js_client, stream, subjects=["evt.>", "dlq.>"])
     settings = Settings.defaults(stream=stream, subject_prefixes=("evt.",))
     assert (await Relay(engine, js_client, settings=settings).drain()).complete
     assert await count(engine, "waiting") == 1
