@@ -1,5 +1,6 @@
 """Real servers for every test: the ones that the environment names, else embedded ones."""
 
+import logging
 import os
 import sys
 from collections.abc import AsyncIterator, Generator, Iterator
@@ -48,6 +49,17 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("OUTBOX_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _no_logs_elsewhere() -> Iterator[None]:
+    """Take away what a command in this process has set: its handler writes to a closed capture."""
+    root, alembic = logging.getLogger(), logging.getLogger("alembic")
+    handlers, levels = list(root.handlers), (root.level, alembic.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    alembic.setLevel(levels[1])
 
 
 @pytest.fixture(scope="session")

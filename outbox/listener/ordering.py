@@ -284,9 +284,13 @@ class Ordered:
             self._generation, self._floor, self._cursor = self.client.generation, 0, START
         if now - self._swept >= SWEEP_SECONDS:
             self._swept, self._cursor = now, START
-        async with self._transaction() as session:
-            page = await self._queue.page(session, self._cursor, BATCH)
-        beyond = await self._look_at_floor(page)
+        page = await self._page()
+        last = max((each.sequence for each in page if each.created == self._created), default=0)
+        beyond = last
+        if last > self._floor:
+            beyond = await self._look_at_floor(last)
+            # What came late, before a place of this page, came after the page was read.
+            page = [place for place in await self._page() if place[:3] <= page[-1][:3]]
         started = 0
         for place in page:
             if self._floor < place.sequence <= beyond and place.created == self._created:
@@ -301,8 +305,12 @@ class Ordered:
         self._waits = FLOOR_LOOK_FIRST
         return started
 
-    async def _look_at_floor(self, page: Sequence[Place]) -> int:
-        """Learn up to where all messages of the stream are in the queue, if `page` goes beyond.
+    async def _page(self) -> list[Place]:
+        async with self._transaction() as session:
+            return await self._queue.page(session, self._cursor, BATCH)
+
+    async def _look_at_floor(self, last: int) -> int:
+        """Learn up to where all messages of the stream are in the queue, of which `last` is one.
 
         What is not may be in the hands of an instance that is active no more, or was lost on its
         way. It comes again after the ack wait, and newer messages come before: worked at once, they
@@ -312,9 +320,6 @@ class Ordered:
             The sequence that the stream has come to. What stands beyond it in the queue is of a
             past of the broker's, and waits for nothing.
         """
-        last = max((each.sequence for each in page if each.created == self._created), default=0)
-        if last <= self._floor:
-            return last
         info = await provisioning.consumer_info(self.client, self.stream, self.identity)
         if info is None:
             raise ConsumerGone(f"consumer {self.identity} is gone")

@@ -17,6 +17,7 @@ from typing_extensions import override
 from outbox import BatchListener, EventEnvelope, JetStreamClient, Listener, Reject, Retry, Settings
 from outbox.embedded import EmbeddedNats
 from outbox.jetstream import provisioning
+from outbox.postgres.ordering import Place, Queue
 from outbox.telemetry import Step
 from tests.faults import Watch
 from tests.servers.events import count
@@ -188,6 +189,29 @@ async def test_second_instance_stands_by_and_takes_over_in_order(
         await second.stop()
     for key in range(3):
         assert await seen(engine, f"k{key}") == list(range(key, 120, 3))
+
+
+async def test_message_held_between_the_page_and_the_look_at_the_floor_is_not_passed_by(
+    sessionmaker: async_sessionmaker[AsyncSession],
+    js_client: JetStreamClient,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that comes late, after later ones: the page was read before it, the floor after."""
+    page, early = Queue.page, 0
+
+    async def without_the_first(*given: Any) -> list[Place]:
+        nonlocal early
+        found = await page(*given)
+        early += bool(found)
+        return found[1:] if early == 1 else found
+
+    monkeypatch.setattr(Queue, "page", without_the_first)
+    await send(js_client, [("a", 0), ("b", 1)])
+    watch = Watch()
+    async with Ordered(js_client, sessionmaker, settings=settings, observer=watch):
+        await watch.until(Step.COMMITTED, 2)  # not by the sweep, which comes much later
+    assert early > 0
 
 
 async def test_instance_that_lost_its_lease_commits_nothing(
