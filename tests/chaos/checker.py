@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from tests.chaos import witness
+from tests.chaos.acks import Acks
 from tests.chaos.shared import CANARY, digest
 from tests.chaos.stream import Stored
 
@@ -55,7 +57,8 @@ class Database:
     effects: list[Effect]
     held: int
     repaired: set[str]  # lost by the broker, and sent again
-    violations: list[str]
+    replayed: set[str]  # sent again on purpose
+    violations: Sequence[tuple[str, str]]  # of an invariant; what the triggers saw
 
 
 @dataclass(slots=True)
@@ -84,9 +87,11 @@ async def load(url: str, *, listens: bool) -> Database:
         dead = (
             "SELECT id, side, listener, CAST(event_id AS text) AS event_id, subject, reason,"
             " error, state, attempts FROM outbox.dead_letter"
+            " WHERE side = 'listener' OR state <> 'requeued'"
         )
         effects = "SELECT listener, event_id, key, key_seq, digest, failed FROM effects ORDER BY id"
-        inbox = "SELECT listener, event_id, outcome FROM outbox.inbox"
+        archive = "SELECT event_id, sequence FROM outbox.archive WHERE sequence > 0"
+        inbox = "SELECT listener, event_id, outcome FROM outbox.inbox WHERE listener <> 'gone'"
         return Database(
             [
                 Event(str(row[0]), *row[1:])
@@ -95,10 +100,7 @@ async def load(url: str, *, listens: bool) -> Database:
                 )
             ],
             [str(row[0]) for row in await _rows(engine, left)],
-            [
-                (str(row[0]), row[1])
-                for row in await _rows(engine, "SELECT event_id, sequence FROM outbox.archive")
-            ],
+            [(str(row[0]), row[1]) for row in await _rows(engine, archive)],
             [row._mapping for row in await _rows(engine, dead)],
             [(row[0], str(row[1]), row[2]) for row in await _rows(engine, inbox)],
             [
@@ -106,8 +108,9 @@ async def load(url: str, *, listens: bool) -> Database:
                 for row in (await _rows(engine, effects) if listens else ())
             ],
             (await _rows(engine, "SELECT count(*) FROM outbox.held"))[0][0],
-            {str(row[0]) for row in await _rows(engine, "SELECT event_id FROM repaired")},
-            [row[0] for row in await _rows(engine, "SELECT what FROM violation")],
+            await witness.sent_again(engine, "repaired"),
+            await witness.sent_again(engine, "replayed"),
+            await witness.seen(engine),
         )
     finally:
         await engine.dispose()
@@ -127,6 +130,7 @@ class Checker:
     stored: list[Stored]
     subjects: Mapping[str, str]  # listener: the beginning of its subjects
     journal: Sequence[Mapping[str, Any]]
+    acks: Acks
     report: Report = field(default_factory=Report)
 
     def check(self) -> Report:
@@ -157,10 +161,10 @@ class Checker:
         both = (*self.shop.dead, *self.warehouse.dead)
         return {each["event_id"] for each in both if each["side"] == "relay"}
 
-    @property
-    def lost_and_repaired(self) -> bool:
-        """Whether the broker lost acknowledged events in this run, which are sent again."""
-        return any(line["what"] == "step:repaired" for line in self.journal)
+    @cached_property
+    def repaired(self) -> set[str]:
+        """What the broker had acknowledged and lost, and the relays sent again."""
+        return self.shop.repaired | self.warehouse.repaired
 
     def _published(self) -> None:
         """S1, S2, S7, S13 and L1, from the stream."""
@@ -186,14 +190,15 @@ class Checker:
             self.report.add("L1 not drained", event_id)
 
     def _copies(self) -> None:
-        """S16: an event is stored twice only where the broker had lost it."""
-        counts = Counter(each.event_id for each in self.stored)
-        if self.lost_and_repaired:
-            return
-        for event_id, number in counts.items():
-            if number > 1:
-                ids = [each.message_id for each in self.stored if each.event_id == event_id]
+        """S16: an event is stored twice only where it was sent again: repaired, or replayed."""
+        again = self.repaired | self.shop.replayed | self.warehouse.replayed
+        copies: dict[str, list[str]] = defaultdict(list)
+        for each in self.stored:
+            copies[each.event_id].append(each.message_id)
+        for event_id, ids in copies.items():
+            if len(ids) > 1 and event_id not in again:
                 self.report.add("S16 copies without a cause", f"{event_id}: {ids}")
+        self.report.figures["stored more than once"] = sum(len(ids) > 1 for ids in copies.values())
 
     def _archived(self) -> None:
         """S8: what counts as published is at the sequence that the archive names."""
@@ -237,7 +242,7 @@ class Checker:
         return [
             each
             for each in self.warehouse.dead
-            if each["listener"] == listener and each["state"] in {"open", "requeued"}
+            if each["listener"] == listener and each["state"] != "handled"
         ]
 
     def _recorded(self) -> None:
@@ -258,8 +263,7 @@ class Checker:
 
         A key of which an event was repaired is left out: order is not promised across a loss.
         """
-        again = {*self.shop.repaired, *self.warehouse.repaired}
-        repaired = {each.key for each in self.stored if each.event_id in again}
+        repaired = {each.key for each in self.stored if each.event_id in self.repaired}
         committed = self.committed
         first: dict[str, int] = {}
         for each in self.stored:
@@ -303,9 +307,13 @@ class Checker:
                 self.report.add("S12 two dead letters", f"{where}: {number}")
 
     def _noted(self) -> None:
-        """S9, and what the processes noted of themselves."""
-        for what in (*self.shop.violations, *self.warehouse.violations):
-            self.report.add("S9 written without the lease", what)
+        """S9, S10, S14 and S15 as the triggers saw them, S11, and what processes noted."""
+        for invariant, what in (*self.shop.violations, *self.warehouse.violations):
+            self.report.add(invariant, what)
+        for what in self.acks.found:
+            self.report.add("S11 acked before it was committed", what)
+        if not self.acks.looked_at:
+            self.report.add("S11 acked before it was committed", "nobody has looked")
         for line in self.journal:
             if line["what"] == "below_floor":
                 self.report.add("floor", f"{line['rows']} rows were found below it")
@@ -316,6 +324,7 @@ class Checker:
             "stored": len(self.stored),
             "effects": len(self.warehouse.effects),
             "dead letters": len(self.warehouse.dead) + len(self.shop.dead),
+            "acked, looked at": self.acks.looked_at,
             "repaired": sum(
                 int(line["count"]) for line in self.journal if line["what"] == "step:repaired"
             ),

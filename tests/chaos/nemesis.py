@@ -4,9 +4,14 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 
+from outbox import Settings
 from outbox.operate import redrive
+from outbox.operate.prune import prune
+from outbox.operate.replay import replay
 from outbox.postgres.redrive import Filter
+from outbox.postgres.replaying import Window
 from tests.chaos.failpoints import ACTIONS, LISTENER_STEPS, RELAY_STEPS
 from tests.chaos.listeners import SUBJECTS
 from tests.chaos.shared import LEASE_SECONDS, STREAM, Failpoint
@@ -14,6 +19,20 @@ from tests.chaos.stage import Stage, keep_store, put_back
 from tests.servers import jetstream, proxy
 
 Fault = Callable[[Stage], Awaitable[bool]]  # whether it fired
+# Of eight days and more ago; nobody published or handled them, so no trigger is to see them come.
+OLD_ROWS = """
+WITH quiet AS MATERIALIZED (SELECT set_config('session_replication_role', 'replica', true) AS q),
+days AS (SELECT CAST(extract(epoch FROM now()) AS int8) / 86400 - 9 AS day, q FROM quiet),
+handled AS (
+  INSERT INTO outbox.inbox (listener, event_id, processed_at)
+  SELECT 'gone', gen_random_uuid(), now() - interval '8 days' FROM quiet, generate_series(1, 20)
+)
+INSERT INTO outbox.archive (id, event_id, slot, subject, headers, body, created_at, stream,
+                            sequence, published_at, day)
+SELECT 0, gen_random_uuid(), 0, 'evt.old.v1', '', '', to_timestamp(day * 86400), 'GLAM_EVENTS', 0,
+       to_timestamp(day * 86400), day % 32
+FROM days, generate_series(1, 20)
+"""
 TRAP_SECONDS = 2.0
 STEP_SECONDS = 2.0
 
@@ -215,11 +234,7 @@ def _cut_at(moment: tuple[proxy.Side, bytes, bool], *names: str) -> Fault:
 
 async def letters_requeued(stage: Stage) -> bool:
     """Requeue some dead letters of listeners, of which half may be handled now."""
-    sql = """
-    SELECT id FROM outbox.dead_letter
-    WHERE state = 'open' AND side = 'listener' AND random() < 0.5 LIMIT 20
-    """
-    ids = [row[0] for row in await stage.execute("warehouse", sql)]
+    ids = await _open_letters(stage, "warehouse", "listener")
     if not ids:
         return False
     await stage.execute(
@@ -227,11 +242,57 @@ async def letters_requeued(stage: Stage) -> bool:
         "INSERT INTO amnesty SELECT event_id FROM outbox.dead_letter"
         f" WHERE id IN ({', '.join(map(str, ids[::2]))}) ON CONFLICT DO NOTHING",
     )
-    async with stage.engine("warehouse") as engine:
-        done = await redrive.acted(
-            engine, "outbox", Filter(ids=ids), action="requeued", by="chaos", note=None
-        )
-    return done > 0
+    return await _acted(stage, "warehouse", ids, "requeued")
+
+
+async def letters_discarded(stage: Stage) -> bool:
+    """Discard a dead letter of a listener."""
+    ids = await _open_letters(stage, "warehouse", "listener")
+    return bool(ids) and await _acted(stage, "warehouse", ids[:1], "discarded")
+
+
+async def refused_requeued(stage: Stage) -> bool:
+    """Requeue what a relay could not publish, and cannot now."""
+    ids = await _open_letters(stage, "shop", "relay")
+    return bool(ids) and await _acted(stage, "shop", ids[:3], "requeued")
+
+
+async def _open_letters(stage: Stage, database: str, side: str) -> list[int]:
+    sql = f"""
+    SELECT id FROM outbox.dead_letter
+    WHERE state = 'open' AND side = '{side}' AND random() < 0.5 LIMIT 20
+    """
+    return [row[0] for row in await stage.execute(database, sql)]
+
+
+async def _acted(stage: Stage, database: str, ids: list[int], action: str) -> bool:
+    """Act twice, as somebody does who did not see the first answer."""
+    async with stage.engine(database) as engine:
+        for done in range(2):
+            number = await redrive.acted(
+                engine, "outbox", Filter(ids=ids), action=action, by="chaos"
+            )
+            assert not (done and number), "what was acted on was open still"
+    return True
+
+
+async def events_replayed(stage: Stage) -> bool:
+    """Publish once more what was published a moment ago."""
+    now = datetime.now(UTC)
+    window = Window(since=now - timedelta(seconds=1.5), until=now - timedelta(seconds=0.5))
+    async with stage.engine("shop") as engine:
+        return (await replay(engine, "outbox", window, by="chaos")).taken > 0
+
+
+async def old_rows_pruned(stage: Stage) -> bool:
+    """Delete what is past its retention, among rows that are not."""
+    fired = False
+    for database in ("shop", "warehouse"):
+        await stage.execute(database, OLD_ROWS)
+        async with stage.engine(database) as engine:
+            gone = await prune(engine, Settings.defaults())
+            fired = gone.inbox > 0 and gone.archive > 0
+    return fired
 
 
 FAULTS: dict[str, Fault] = {
@@ -261,6 +322,10 @@ FAULTS: dict[str, Fault] = {
     "cut_before_ack": _cut_at(proxy.BEFORE_ACK, "listener-nats"),
     "cut_after_ack": _cut_at(proxy.AFTER_ACK, "listener-nats"),
     "letters_requeued": letters_requeued,
+    "letters_discarded": letters_discarded,
+    "refused_requeued": refused_requeued,
+    "events_replayed": events_replayed,
+    "old_rows_pruned": old_rows_pruned,
     **{
         f"{role}_{action}_at_step": _at_step(role, action)
         for role in ("relay", "listener")

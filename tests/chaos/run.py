@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from outbox.errors import OutboxError
 from tests.chaos import checker
+from tests.chaos.acks import Acks
 from tests.chaos.checker import Checker, Report
 from tests.chaos.listeners import SUBJECTS
 from tests.chaos.nemesis import EXCLUSIVE, FAULTS, NOTED
@@ -62,18 +63,21 @@ async def run(plan: Plan, folder: Path) -> Outcome:
             stage.start("relay", index)
             for number, listener in enumerate(("plain", "ordered", "batch")):
                 stage.start("listener", 3 * index + number, listener=listener)
-        tending = asyncio.create_task(stage.tend())
+        acks = Acks(stage)
+        tending = {asyncio.create_task(stage.tend()), asyncio.create_task(acks.watch())}
         try:
             await _disturb(stage, plan)
             stage.heal()
             await stage.end("app")
             drained = await _drain(stage, plan.drain_seconds)
         finally:
-            tending.cancel()
-            await asyncio.wait({tending})
+            for task in tending:
+                task.cancel()
+            await asyncio.wait(tending)
         for role in ("listener", "relay"):
             await stage.end(role)
-        return await _checked(stage, plan, drained)
+        await acks.look()
+        return await _checked(stage, plan, drained, acks)
 
 
 async def _disturb(stage: Stage, plan: Plan) -> None:
@@ -111,9 +115,11 @@ async def _one_after_another(stage: Stage, kinds: list[str], end: float) -> None
 
 async def _done(stage: Stage, kind: str) -> bool:
     """Do a fault; one that meets a server which another fault has taken away did not fire."""
-    with contextlib.suppress(OSError, RuntimeError, SQLAlchemyError, OutboxError):
+    try:
         return await FAULTS[kind](stage)
-    return False
+    except (OSError, RuntimeError, SQLAlchemyError, OutboxError) as error:
+        stage.journal.note("fault_failed", kind=kind, error=f"{type(error).__name__}: {error}")
+        return False
 
 
 async def _drain(stage: Stage, most: float) -> float:
@@ -133,7 +139,7 @@ async def _drain(stage: Stage, most: float) -> float:
     return time.monotonic() - begun
 
 
-async def _checked(stage: Stage, plan: Plan, drained: float) -> Outcome:
+async def _checked(stage: Stage, plan: Plan, drained: float, acks: Acks) -> Outcome:
     journal = list(stage.journal.lines())
     found = Checker(
         await checker.load(stage.url("shop"), listens=False),
@@ -141,6 +147,7 @@ async def _checked(stage: Stage, plan: Plan, drained: float) -> Outcome:
         await read(stage.nats.url, STREAM),
         SUBJECTS,
         journal,
+        acks,
     )
     report = found.check()
     for line in journal:

@@ -29,30 +29,6 @@ CREATE TABLE effects (id bigint GENERATED ALWAYS AS IDENTITY, listener text NOT 
                       mark text, failed boolean NOT NULL DEFAULT false);
 CREATE TABLE amnesty (event_id uuid PRIMARY KEY)
 """
-# S9: what decides about a row is written by the owner of the lane alone. The relays' connections
-# carry their pid, and so does the owner's name.
-FENCING = """
-CREATE TABLE violation (at timestamptz DEFAULT now(), what text NOT NULL);
-CREATE TABLE repaired (event_id uuid NOT NULL);
-CREATE FUNCTION check_owner() RETURNS trigger LANGUAGE plpgsql AS $$
-DECLARE owner text;
-BEGIN
-  SELECT split_part(owner_name, ':', 2) INTO owner FROM outbox.lane WHERE lane = 0;
-  IF current_setting('application_name') LIKE 'relay-%'
-     AND owner IS DISTINCT FROM split_part(current_setting('application_name'), '-', 2) THEN
-    INSERT INTO violation (what) VALUES (
-      TG_TABLE_NAME || ' written by ' || current_setting('application_name')
-      || ' while the lane was of ' || coalesce(owner, 'nobody'));
-  END IF;
-  IF NEW.reason = 'repaired' THEN
-    INSERT INTO repaired VALUES (NEW.event_id);
-  END IF;
-  RETURN NULL;
-END $$;
-CREATE TRIGGER fencing AFTER INSERT ON outbox.waiting FOR EACH ROW EXECUTE FUNCTION check_owner();
-CREATE TRIGGER fencing AFTER INSERT ON outbox.dead_letter FOR EACH ROW
-  WHEN (NEW.side = 'relay') EXECUTE FUNCTION check_owner()
-"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,11 +21,10 @@ from sqlalchemy.pool import NullPool
 
 from outbox import upgrade
 from outbox.embedded import EmbeddedNats, EmbeddedPostgres
-from tests.chaos import process
+from tests.chaos import process, witness
 from tests.chaos.listeners import SUBJECTS
 from tests.chaos.shared import (
     CANARY,
-    FENCING,
     MESSAGE_BYTES_MAX,
     SHOP,
     STREAM,
@@ -120,7 +119,7 @@ class Stage:
         """Run statements, each in a transaction of its own; return the rows of the last."""
         rows: list[Any] = []
         async with self.engine(database) as engine:
-            for each in _statements(sql):
+            for each in witness.statements(sql):
                 async with engine.begin() as connection:
                     found = await connection.exec_driver_sql(each)
                     rows = list(found) if found.returns_rows else []
@@ -224,15 +223,6 @@ class Stage:
         return ""
 
 
-def _statements(sql: str) -> list[str]:
-    """Cut a script at its semicolons, but for those in a function's body."""
-    parts = sql.split("$$")
-    joined = "$$".join(
-        part if number % 2 == 0 else part.replace(";", "\0") for number, part in enumerate(parts)
-    )
-    return [each.replace("\0", ";") for each in joined.split(";") if each.strip()]
-
-
 @asynccontextmanager
 async def built(
     folder: Path, *, seed: int, mutant: str = "", rate: float = 6.0
@@ -266,8 +256,8 @@ async def _make_tables(stage: Stage) -> None:
         await stage.blocking(stage.postgres.create_database, database)
         async with stage.engine(database) as engine:
             await upgrade(engine)
+            await witness.install(engine)
         await stage.execute(database, tables)
-        await stage.execute(database, FENCING)
 
 
 def _end_all(stage: Stage) -> None:
