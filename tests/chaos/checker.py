@@ -86,7 +86,7 @@ async def load(url: str, *, listens: bool) -> Database:
         left = "SELECT event_id FROM outbox.pending UNION ALL SELECT event_id FROM outbox.waiting"
         dead = (
             "SELECT id, side, listener, CAST(event_id AS text) AS event_id, subject, reason,"
-            " error, state, attempts FROM outbox.dead_letter"
+            " stream, sequence, error, state, attempts FROM outbox.dead_letter"
             " WHERE side = 'listener' OR state <> 'requeued'"
         )
         effects = "SELECT listener, event_id, key, key_seq, digest, failed FROM effects ORDER BY id"
@@ -290,17 +290,20 @@ class Checker:
     def _given_up(self) -> None:
         """S12, and that nothing was given up for what was nobody's failure."""
         committed = self.committed
-        letters = Counter(
-            each.data["dead_letter_id"] for each in self.stored if each.subject.startswith("dlq.")
-        )
+        letters = {
+            each.data["dead_letter_id"]: each.data
+            for each in self.stored
+            if each.subject.startswith("dlq.")
+        }
         for each in (*self.shop.dead, *self.warehouse.dead):
             event = committed.get(each["event_id"])
             wanted = {"big"} if each["side"] == "relay" else EXPECTED_DEAD
             if event is None or event.kind not in wanted:
                 what = f"{each['side']} {each['listener']} {each['reason']} {each['error']} {event}"
                 self.report.add("S12 given up without a reason", what)
-            if each["side"] == "listener" and not letters[each["id"]]:
-                self.report.add("S12 no event for a dead letter", f"{each['id']}")
+            said = letters.get(each["id"], {})
+            if each["side"] == "listener" and not _original(each).items() <= said.items():
+                self.report.add("S12 no event tells of a dead letter", f"{each} {said}")
         twice = Counter((each["listener"], each["event_id"]) for each in self.warehouse.dead)
         for where, number in twice.items():
             if number > 1:
@@ -329,6 +332,13 @@ class Checker:
                 int(line["count"]) for line in self.journal if line["what"] == "step:repaired"
             ),
         }
+
+
+def _original(letter: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a `dlq.` event must say of its dead letter."""
+    names = {"listener": "listener", "subject": "original_subject", "stream": "stream"}
+    names |= {"event_id": "original_event_id", "sequence": "sequence", "reason": "reason"}
+    return {name: letter[column] for column, name in names.items()}
 
 
 def leaks(folder: Path) -> list[str]:

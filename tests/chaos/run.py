@@ -74,6 +74,9 @@ async def run(plan: Plan, folder: Path) -> Outcome:
             for task in tending:
                 task.cancel()
             await asyncio.wait(tending)
+        for task in tending:
+            if not task.cancelled():
+                task.result()  # one that failed has watched nothing since
         for role in ("listener", "relay"):
             await stage.end(role)
         await acks.look()

@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from typing_extensions import override
 
-from outbox import EventEnvelope, JetStreamClient, Listener, Relay, Settings
+from outbox import EventEnvelope, JetStreamClient, Listener, Outbox, Relay, Settings
 from outbox.cli.main import main
 from outbox.embedded import EmbeddedNats
 from outbox.observe.serving import serving
@@ -139,8 +139,8 @@ async def test_a_worker_that_has_ended_is_not_alive_and_one_that_waits_to_begin_
 
 
 @contextmanager
-def relaying(database_url: str, nats_url: str, stream: str) -> Iterator[int]:
-    """Run `outbox-relay` with a port of its own choice; lend the port."""
+def answering(*command: str, database_url: str, nats_url: str, stream: str) -> Iterator[int]:
+    """Run a worker's command with a port of its own choice; lend the port."""
     environment = os.environ | {
         "OUTBOX_DATABASE_URL": database_url,
         "OUTBOX_NATS_URL": nats_url,
@@ -148,8 +148,12 @@ def relaying(database_url: str, nats_url: str, stream: str) -> Iterator[int]:
         "OUTBOX_METRICS_HOST": "127.0.0.1",
         "OUTBOX_LOG_FORMAT": "json",
     }
-    command = [sys.executable, "-m", "outbox.cli.relay", "--metrics-port", "0"]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command, "--metrics-port", "0"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stderr is not None
     try:
         for line in process.stderr:
@@ -157,7 +161,7 @@ def relaying(database_url: str, nats_url: str, stream: str) -> Iterator[int]:
             if said["message"] == "metrics and health":
                 yield int(said["port"])
                 return
-        raise AssertionError("outbox-relay did not say its port")
+        raise AssertionError(f"{command} did not say its port")
     finally:
         process.terminate()
         process.stderr.close()
@@ -170,7 +174,8 @@ def test_health_command_says_what_the_port_says(
     stream: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with relaying(database_url, nats_server, stream) as port:
+    servers = {"database_url": database_url, "nats_url": nats_server, "stream": stream}
+    with answering("outbox.cli.relay", **servers) as port:
         for _ in range(150):
             if main(["health", "--metrics-port", str(port)]) == 0:
                 break
@@ -191,10 +196,36 @@ def test_health_command_says_what_the_port_says(
     assert "OUTBOX_METRICS_PORT" in capsys.readouterr().err
 
 
+async def test_listener_that_runs_by_itself_answers_what_it_has_handled(
+    database_url: str,
+    engine: AsyncEngine,
+    sessionmaker: async_sessionmaker[AsyncSession],
+    nats_server: str,
+    stream: str,
+    js_client: JetStreamClient,
+) -> None:
+    async with sessionmaker.begin() as session:
+        for n in range(3):
+            Outbox("shop").add(session, "evt.parcel.sent.v1", {"n": n})
+    servers = {"database_url": database_url, "nats_url": nats_server, "stream": stream}
+    command = ("outbox.cli.main", "listen", "tests.integration.test_health:Reader")
+    handled = 'inbox_handled_events_total{listener="depot-reader",outcome="handled"} 3.0'
+    with answering(*command, **servers) as port:
+        async with (
+            Relay(engine, js_client, settings=SETTINGS),
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
+            asyncio.timeout(20),
+        ):
+            while handled not in (await http.get("/metrics")).text:
+                pass
+            assert await ready(http, 200, within=15) == []
+
+
 def test_port_that_is_taken_ends_the_command_with_the_reason(
     database_url: str, nats_server: str, stream: str
 ) -> None:
-    with relaying(database_url, nats_server, stream) as port:
+    servers = {"database_url": database_url, "nats_url": nats_server, "stream": stream}
+    with answering("outbox.cli.relay", **servers) as port:
         environment = os.environ | {
             "OUTBOX_DATABASE_URL": database_url,
             "OUTBOX_NATS_URL": nats_server,
