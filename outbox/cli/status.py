@@ -7,7 +7,6 @@ import importlib.util
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -16,7 +15,6 @@ from outbox.cli import asking, options
 from outbox.cli.stopping import signals
 from outbox.cli.values import short
 from outbox.errors import ConfigurationError, OutboxError
-from outbox.jetstream.client import JetStreamClient
 from outbox.operate.status import status
 from outbox.settings import Settings
 
@@ -34,29 +32,27 @@ def add_arguments(target: argparse.ArgumentParser) -> None:
 
 async def show(settings: Settings, given: argparse.Namespace) -> int:
     """Print how the outbox does; return 1 when a database could not be asked."""
-    async with AsyncExitStack() as stack:
-        engines = await stack.enter_async_context(
-            asking.databases(settings, given, "outbox status")
-        )
-        client = await stack.enter_async_context(asking.broker(settings, "outbox-status"))
+    async with asking.databases(settings, given, "outbox status") as engines:
         if given.watch:
-            return await _watch(engines, client, settings, given)
-        found = await _look(engines, client, settings)
+            return await _watch(engines, settings, given)
+        found = await _look(engines, settings)
     print(_json(found) if given.json else "\n".join(_lines(found)))
     return _code(found)
 
 
 async def _watch(
-    engines: Mapping[str, AsyncEngine],
-    client: JetStreamClient | str,
-    settings: Settings,
-    given: argparse.Namespace,
+    engines: Mapping[str, AsyncEngine], settings: Settings, given: argparse.Namespace
 ) -> int:
-    """Show the newest look in place on a terminal; elsewhere one below the other."""
+    """Show the newest look in place on a terminal; elsewhere one below the other.
+
+    Once it has begun, an outage is shown like anything else.
+    """
     live = _live() if not given.json else None
+    begun = False
     with signals() as asked:
         while not asked.is_set():
-            found = await _look(engines, client, settings)
+            found = await _look(engines, settings, outages=begun)
+            begun = True
             if live is not None:
                 live(_lines(found))
             else:
@@ -70,23 +66,28 @@ async def _watch(
 
 
 async def _look(
-    engines: Mapping[str, AsyncEngine], client: JetStreamClient | str, settings: Settings
+    engines: Mapping[str, AsyncEngine], settings: Settings, *, outages: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Return the figures of each database, or its error."""
+    """Return the figures of each database, or its error.
+
+    Args:
+        outages: return also the error of a database that is the only one, instead of raising it.
+    """
     found: dict[str, dict[str, Any]] = {}
-    for name, engine in engines.items():
-        try:
-            known = None if isinstance(client, str) else client
-            found[name] = await status(
-                engine, settings.schema_name, client=known, stream=settings.stream
-            )
-        except OutboxError as error:
-            if not name:
-                raise
-            found[name] = {"error": str(error), "usage": isinstance(error, ConfigurationError)}
-            continue
-        if isinstance(client, str):
-            found[name]["unseen"].append(f"how far listeners are: {client}")
+    async with asking.broker(settings, "outbox-status") as client:
+        known = None if isinstance(client, str) else client
+        for name, engine in engines.items():
+            try:
+                found[name] = await status(
+                    engine, settings.schema_name, client=known, stream=settings.stream
+                )
+            except OutboxError as error:
+                if not name and not outages:
+                    raise
+                found[name] = {"error": str(error), "usage": isinstance(error, ConfigurationError)}
+                continue
+            if isinstance(client, str):
+                found[name]["unseen"].append(f"how far listeners are: {client}")
     return found
 
 

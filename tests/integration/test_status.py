@@ -1,5 +1,7 @@
 """`status`: exact to 10,000 rows, estimated and marked beyond."""
 
+import argparse
+import asyncio
 import json
 import os
 import signal
@@ -8,7 +10,7 @@ import sys
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -19,6 +21,8 @@ from typing_extensions import override
 
 from outbox import EventEnvelope, Listener, Outbox, Reject, Settings
 from outbox.cli.main import main
+from outbox.cli.status import show
+from outbox.embedded import EmbeddedNats
 from outbox.errors import ConfigurationError
 from outbox.jetstream.client import JetStreamClient
 from outbox.operate.status import status
@@ -240,6 +244,44 @@ def test_status_of_several_databases_names_each_and_fails_for_one_that_is_away(
     code, _, err = run(capsys, "--database", "postgresql://x")
     assert code == 2
     assert "NAME=URL" in err
+
+
+async def test_watch_shows_outages_and_their_end(
+    postgres_server: str,
+    database_url: str,
+    private_nats: EmbeddedNats,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = ""
+
+    async def shown(wanted: str) -> None:
+        nonlocal said
+        said = ""
+        async with asyncio.timeout(20):
+            while wanted not in said:
+                await asyncio.sleep(0.05)
+                said += capsys.readouterr().out
+
+    name = make_url(database_url).database
+    private_nats.kill()
+    settings = Settings.defaults(database_url=database_url, nats_url=private_nats.url)
+    watching = asyncio.create_task(
+        show(settings, argparse.Namespace(watch=True, json=True, databases=[]))
+    )
+    await shown('"how far listeners are')
+    await asyncio.to_thread(private_nats.start)
+    await shown('"unseen": []')
+    server = create_async_engine(postgres_server, isolation_level="AUTOCOMMIT")
+    async with server.connect() as connection:
+        await connection.execute(text(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false"))
+        ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"
+        await connection.execute(text(ended), {"name": name})
+        await shown('"error": ')
+        await connection.execute(text(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true"))
+    await server.dispose()
+    await shown('"pending": 0')
+    os.kill(os.getpid(), signal.SIGINT)
+    assert await watching == 0
 
 
 def test_watch_shows_again_until_it_is_stopped(
