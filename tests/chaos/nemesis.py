@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 from outbox import Settings
 from outbox.operate import redrive
@@ -276,9 +276,11 @@ async def _acted(stage: Stage, database: str, ids: list[int], action: str) -> bo
 
 
 async def events_replayed(stage: Stage) -> bool:
-    """Publish once more what was published a moment ago."""
-    now = datetime.now(UTC)
-    window = Window(since=now - timedelta(seconds=1.5), until=now - timedelta(seconds=0.5))
+    """Publish once more what was published last."""
+    ((newest,),) = await stage.execute("shop", "SELECT max(published_at) FROM outbox.archive")
+    if newest is None:
+        return False
+    window = Window(since=newest - timedelta(seconds=0.3), until=newest + timedelta(seconds=0.1))
     async with stage.engine("shop") as engine:
         return (await replay(engine, "outbox", window, by="chaos")).taken > 0
 
